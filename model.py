@@ -1,0 +1,223 @@
+"""GPT-2 in plain PyTorch (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"), and its tokenizers.
+
+Parameter names are those of the published checkpoints; weights of linear layers are (out, in), the transpose of the
+published Conv1D ones. The head is the token embedding (tied), so it has no entry of its own in the state dict.
+"""
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# The published shapes, and one for a laptop. `--model=<name>` picks one; each number can still be given by itself.
+GPT_SIZES = {
+    'tiny': dict(block_size=128, n_layer=4, n_head=4, n_embd=128),            # 0.8M with the byte vocabulary
+    'gpt2': dict(block_size=1024, n_layer=12, n_head=12, n_embd=768),         # 124M
+    'gpt2-medium': dict(block_size=1024, n_layer=24, n_head=16, n_embd=1024),  # 355M
+    'gpt2-large': dict(block_size=1024, n_layer=36, n_head=20, n_embd=1280),  # 774M
+    'gpt2-xl': dict(block_size=1024, n_layer=48, n_head=25, n_embd=1600),     # 1558M
+}
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024   # longest sequence, in tokens
+    vocab_size: int = 50304  # 50257 rounded up to a multiple of 64: matrix products are faster, the extra ids never occur
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0     # probability, in training only
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key and value in one product
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x, cache=None):
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        mask = None
+        if cache is not None:  # keys and values of the tokens before these
+            if self in cache:
+                k, v = torch.cat((cache[self][0], k), 2), torch.cat((cache[self][1], v), 2)
+                mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)
+            cache[self] = k, v
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=self.dropout if self.training else 0.0)
+        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return F.dropout(y, self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.dropout = config.dropout
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        x = self.c_proj(F.gelu(self.c_fc(x), approximate='tanh'))  # GPT-2's GELU is the tanh approximation
+        return F.dropout(x, self.dropout, self.training)
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=1e-5)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=1e-5)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cache=None):
+        x = x + self.attn(self.ln_1(x), cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class HeadLoss(torch.autograd.Function):
+    """Sum of the cross-entropies, in nats, of softmax(x @ weight.T) against targets; a target of -1 does not count.
+
+    x (N, C), weight (V, C), targets (N,) -> scalar. The logits (N, V) never exist at once: a slice of rows at a time gives
+    its loss and, in the same pass, its share of both gradients, because d loss / d logits = softmax - onehot needs
+    nothing from upstream but a factor. At V = 50304 the logits of a micro-batch would be by far the largest tensor."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, need_gradients):
+        total = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
+        dx, dweight = (torch.empty_like(x), torch.zeros_like(weight)) if need_gradients else (None, None)
+        rows = max(1, 2 ** 24 // weight.size(0))  # 64 MB of float32 logits
+        for x_part, dx_part, t in zip(x.split(rows), (dx if need_gradients else x).split(rows), targets.split(rows), strict=True):
+            logits = F.linear(x_part, weight)
+            logits = logits.to(total.dtype)  # (n, V); a sum over 50,000 exponentials wants float32
+            counts = t >= 0
+            t = t.clamp(min=0).unsqueeze(1)
+            normalizer = logits.logsumexp(1, keepdim=True)
+            total = total + ((normalizer - logits.gather(1, t)).squeeze(1) * counts).sum()
+            if need_gradients:
+                dlogits = logits.sub_(normalizer).exp_()  # softmax, in place of the logits
+                dlogits.scatter_add_(1, t, -torch.ones_like(t, dtype=dlogits.dtype)).mul_(counts.unsqueeze(1))
+                dlogits = dlogits.to(x.dtype)
+                dx_part.copy_(F.linear(dlogits, weight.t()))
+                dweight += F.linear(dlogits.t(), x_part.t())
+        ctx.gradients = dx, dweight
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream):
+        dx, dweight = ctx.gradients
+        ctx.gradients = None  # scaled in place: a second backward must fail, not count twice
+        return dx.mul_(upstream), dweight.mul_(upstream), None, None
+
+
+class GPT(nn.Module):
+    """forward(idx (B, T) int64) -> logits (B, T, V); with targets (B, T) -> their loss in nats (see forward)."""
+
+    def __init__(self, config):
+        super().__init__()
+        assert config.n_embd % config.n_head == 0, f'n_embd {config.n_embd} is not a multiple of n_head {config.n_head}'
+        self.config = config
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.vocab_size, config.n_embd),
+            wpe=nn.Embedding(config.block_size, config.n_embd),
+            h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            ln_f=nn.LayerNorm(config.n_embd, eps=1e-5),
+        ))
+        for name, parameter in self.named_parameters():
+            if name.endswith('c_proj.weight'):  # 2 n_layer of these add up in the residual stream
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
+            elif parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
+            elif name.endswith('bias'):
+                nn.init.zeros_(parameter)
+
+    def hidden(self, idx, cache=None):
+        """Final hidden states (B, T, C). cache: a dict that keeps keys and values between calls, {} at first."""
+        past = next(iter(cache.values()))[0].size(2) if cache else 0
+        T = idx.size(1)
+        assert past + T <= self.config.block_size, f'{past + T} tokens, but block_size is {self.config.block_size}'
+        x = self.transformer.wte(idx) + self.transformer.wpe.weight[past:past + T]
+        x = F.dropout(x, self.config.dropout, self.training)
+        for block in self.transformer.h:
+            x = block(x, cache)
+        return self.transformer.ln_f(x)
+
+    def forward(self, idx, targets=None, reduction='mean'):
+        """Without targets the logits (B, T, V). With targets (B, T), -1 where nothing is to be predicted, the loss in nats:
+        its mean or sum over the targets that count."""
+        x = self.hidden(idx)
+        weight = self.transformer.wte.weight
+        if targets is None:
+            return F.linear(x, weight)
+        targets = targets.reshape(-1)
+        loss = HeadLoss.apply(x.reshape(-1, x.size(-1)), weight, targets, torch.is_grad_enabled())
+        return loss / (targets >= 0).sum() if reduction == 'mean' else loss
+
+    def flops_per_token(self, T):
+        """Training FLOPs per token: 6 N + 12 L H Q T (PaLM, arXiv 2204.02311, appendix B; N without the position table)."""
+        n = sum(p.numel() for p in self.parameters()) - self.transformer.wpe.weight.numel()
+        return 6 * n + 12 * self.config.n_layer * self.config.n_embd * T
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, n_vocab=0, eot=-1, generator=None):
+        """Continue idx (B, T) by up to max_new_tokens ids, each step from the last position alone with a key-value cache.
+
+        temperature 0 = the likeliest id. top_k 0, top_p 1 = off. Ids >= n_vocab (0 = all allowed) are never drawn: the
+        padding of the vocabulary has no text. Rows that drew `eot` go on with eot; stops when all did. At block_size the
+        older half of the context is forgotten: learned positions cannot slide. Leaves the training mode as it was."""
+        mode, block_size = self.training, self.config.block_size
+        self.eval()
+        cache, feed = {}, idx[:, -block_size:]
+        ended = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
+        for _ in range(max_new_tokens):
+            if cache and next(iter(cache.values()))[0].size(2) == block_size:
+                cache, feed = {}, idx[:, -max(1, block_size // 2):]
+            logits = F.linear(self.hidden(feed, cache)[:, -1], self.transformer.wte.weight).float()  # (B, V)
+            logits[:, n_vocab or logits.size(1):] = -math.inf
+            if temperature == 0:
+                feed = logits.argmax(1, keepdim=True)
+            else:
+                logits /= temperature
+                if top_k:
+                    logits[logits < logits.topk(min(top_k, logits.size(1)))[0][:, -1:]] = -math.inf
+                if top_p < 1:
+                    values, order = logits.sort(descending=True)
+                    probabilities = values.softmax(1)
+                    outside = probabilities.cumsum(1) - probabilities >= top_p  # the likeliest id always stays
+                    logits[outside.scatter(1, order, outside)] = -math.inf
+                feed = torch.multinomial(logits.softmax(1), 1, generator=generator)  # (B, 1)
+            feed = torch.where(ended, eot, feed)
+            idx = torch.cat((idx, feed), 1)
+            ended |= feed == eot
+            if ended.all():
+                break
+        self.train(mode)
+        return idx
+
+
+def load_tokenizer(name, download=False):
+    """The tiktoken.Encoding called 'bytes' (256 byte values and end-of-text) or 'gpt2' (50,257 ids).
+
+    tiktoken keeps GPT-2's two files in TIKTOKEN_CACHE_DIR, by default data/tiktoken beside this file. Without `download`
+    the network is not touched: OSError if the files are not there."""
+    import tiktoken
+    if name == 'bytes':
+        return tiktoken.Encoding('bytes', pat_str=r'[\s\S]', mergeable_ranks={bytes([i]): i for i in range(256)},
+                                 special_tokens={'<|endoftext|>': 256})
+    if name != 'gpt2':
+        raise ValueError(f"unknown tokenizer {name!r}, expected 'bytes' or 'gpt2'")
+    os.environ.setdefault('TIKTOKEN_CACHE_DIR', os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data', 'tiktoken'))
+    import tiktoken.load
+    read_file = tiktoken.load.read_file
+
+    def offline(url):
+        raise OSError(f"GPT-2's tokenizer is not in TIKTOKEN_CACHE_DIR={os.environ['TIKTOKEN_CACHE_DIR']} (prepare/fineweb.py puts it there)")
+
+    try:
+        tiktoken.load.read_file = read_file if download else offline
+        return tiktoken.get_encoding('gpt2')
+    finally:
+        tiktoken.load.read_file = read_file

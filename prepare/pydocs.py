@@ -1,0 +1,104 @@
+"""The default data of train_gpt2.py: English and code that every machine has, so that nothing is downloaded.
+
+The documentation and the source of the Python that runs this: the language reference in pydoc_data.topics, the standard
+library's .py files and the docstrings of the modules that are written in C. About 13 MB of text, tokens are bytes,
+shards of 1 MB of which the first is for validation; a few seconds.
+
+    python prepare/pydocs.py
+    python -m prepare.pydocs --output_dir=data/pydocs
+
+The same Python always gives the same files.
+"""
+import hashlib
+import importlib
+import inspect
+import os
+import platform
+import random
+import sys
+import sysconfig
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from configurator import configure
+from prepare.fineweb import one_line_errors, write_shards
+
+# -----------------------------------------------------------------------------
+# settings
+
+output_dir = 'data/pydocs'  # folder to write
+name = 'pydocs'             # the files are called {name}_val_000000.bin, {name}_train_000001.bin, ...
+tokenizer = 'bytes'         # bytes | gpt2
+shard_size = 1000000        # tokens in a shard, at most: a tenth of all tokens where that is less
+seed = 1337                 # of the order of the documents
+num_workers = 0             # threads that tokenise, 0 = one per core
+
+if __name__ == '__main__':
+    configure(globals())
+
+# Tests, what was installed on top, compiled files, two programs; topics.py is read as documentation below.
+OMITTED = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__', 'idlelib', 'lib2to3', 'turtledemo', 'pydoc_data'}
+
+
+def topics():
+    """The language reference, one document per entry. Some distributions leave it out."""
+    try:
+        entries = importlib.import_module('pydoc_data.topics').topics
+    except ImportError:
+        return []
+    return [entries[label] for label in sorted(entries)]
+
+
+def sources():
+    """(text of each .py file of the standard library, how many were left out because they are not UTF-8)"""
+    texts, not_utf8 = [], 0
+    for folder, folders, files in os.walk(sysconfig.get_path('stdlib')):
+        folders[:] = sorted(set(folders) - OMITTED)  # in place: os.walk goes on with these, in this order
+        for file in sorted(files):
+            path = Path(folder, file)
+            if path.suffix == '.py' and path.is_file() and not file.startswith('_sysconfigdata'):  # that one is compiler flags
+                try:
+                    texts.append(path.read_bytes().decode())
+                except UnicodeDecodeError:
+                    not_utf8 += 1
+    return texts, not_utf8
+
+
+def docstrings():
+    """What help() knows of the modules that have no .py file, one document per module."""
+    texts = []
+    for module_name in sorted(sys.builtin_module_names):
+        if module_name.lstrip('_').startswith(('test', 'xx', 'readline')):  # CPython's own tests; importing readline writes to the terminal
+            continue
+        module = importlib.import_module(module_name)
+        lines = [f'{module_name}\n\n{module.__doc__ or ""}']
+        for key, value in sorted(vars(module).items()):
+            if key.startswith('_') or not (inspect.isbuiltin(value) or inspect.isclass(value)):
+                continue
+            members = sorted(vars(value).items()) if inspect.isclass(value) else []
+            for path, thing in [(key, value)] + [(f'{key}.{member}', thing) for member, thing in members if not member.startswith('_')]:
+                doc = getattr(thing, '__doc__', None)
+                if isinstance(doc, str):
+                    lines.append(f'{module_name}.{path}{getattr(thing, "__text_signature__", None) or ""}\n\n{doc}')
+        texts.append('\n\n'.join(lines) + '\n')
+    return texts
+
+
+if __name__ == '__main__':
+    with one_line_errors(sysconfig.get_path('stdlib')):
+        python_files, not_utf8 = sources()
+    documents = topics() + python_files + docstrings()
+    random.Random(seed).shuffle(documents)  # the validation shard gets some of everything
+    digest = hashlib.sha256()
+    for text in documents:
+        digest.update(text.encode() + b'\0')
+    source = {'name': f'Python {platform.python_version()}', 'documents': len(documents), 'not_utf8': not_utf8, 'sha256': digest.hexdigest()}
+
+    def stream(file, document):
+        if file == 0:
+            for number in range(document, len(documents)):
+                yield 0, number, documents[number], (number + 1) / len(documents)
+
+    write_shards(output_dir, {'name': name, 'tokenizer': tokenizer, 'shard_size': shard_size, 'seed': seed, 'source': [source]},
+                 stream, num_workers)
