@@ -121,7 +121,7 @@ def _settings_of(path):
             return settings, '\n'.join([ast.get_docstring(tree) or '', *(row for _, row in sorted(rows))])
         if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
             where = f'{path}:{node.lineno}: '
-            name, default = _assignment(node, where + 'all is computed after configure(), above it stand only lines of the form')
+            name, default = _assignment(node, where + 'above configure() write only')
             comment = comments.get(node.end_lineno, '')
             settings[name] = _checked(default, default, '', where + name), comment
             rows.append((node.lineno, f'  --{f"{name}={default!r}":<36} {comment}'.rstrip()))
@@ -132,7 +132,7 @@ def _assignment(node, complaint):
     """(name, value) of the statement `name = literal`, or exit 2. Nothing is executed."""
     try:
         (target,), value = node.targets, ast.literal_eval(node.value)
-        if isinstance(value, (bool, int, float, str, list)):
+        if all(isinstance(element, (bool, int, float, str)) for element in (value if isinstance(value, list) else [value])):
             return target.id, value
     except (ArithmeticError, AttributeError, MemoryError, RecursionError, TypeError, ValueError):
         pass

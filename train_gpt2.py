@@ -111,14 +111,8 @@ run_dir, run_dir_typed = log_dir, 'log_dir' in config.given
 read_only = eval_only or generate != ''  # these modes read a checkpoint and start no run
 lenient = False                          # True: a typed checkpoint that cannot be read is a warning, not the end
 
-
 def checkpoint_path_of(step):
-    return os.path.join(run_dir, f'model_{step:05d}.pt')
-
-
-def best_path():
-    return os.path.join(run_dir, 'model_best.pt')
-
+    return os.path.join(run_dir, 'model_best.pt' if step == 'best' else f'model_{step:05d}.pt')
 
 def checkpoint_of(files):
     """The checkpoint, one dict, out of its files {name: content}; a single file has the name ''."""
@@ -126,14 +120,11 @@ def checkpoint_of(files):
 
 # ---- stored run (=) ------------------------------------------------------------------------------------------------
 # Which checkpoint this launch reads, if any. What was typed when that run began counts as typed again, unless anew.
-
-
 def steps_on_disk(suffix=''):
     """Steps of the checkpoints in run_dir, ascending. Only names that checkpoint_path_of itself writes are ours."""
     names = set(os.listdir(run_dir)) if os.path.isdir(run_dir) else set()
     steps = {int(digits) for name in names for digits in re.findall('[0-9]{1,18}', name)}
     return sorted(s for s in steps if os.path.basename(checkpoint_path_of(s)) + suffix in names)
-
 
 def read_file(path):
     """Content of one file of a checkpoint. Nothing in it is executed."""
@@ -141,11 +132,10 @@ def read_file(path):
         with open(path, encoding='utf-8') as file:
             return json.load(file)
     with zipfile.ZipFile(path) as archive:
-        damaged_part = archive.testzip()  # torch.load itself does not notice a flipped bit
-    if damaged_part:
-        raise ValueError(f'{damaged_part} in it is damaged')
+        broken = archive.testzip()  # torch.load itself does not notice a flipped bit
+    if broken:
+        raise ValueError(f'{broken} in it is damaged')
     return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-
 
 def read_checkpoint(path):
     """(checkpoint, '') or (None, what is wrong). A file of weights alone comes back as {'model': weights}."""
@@ -153,42 +143,35 @@ def read_checkpoint(path):
         names = os.listdir(path) if os.path.isdir(path) else ['']
         found = checkpoint_of({name: read_file(os.path.join(path, name) if name else path) for name in names})
         found = found if 'model' in found else {'model': found}
-        for name, tensor in found['model'].items():  # a tensor can claim more elements than it brings
+        for name, tensor in found['model'].items():
             if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-                raise ValueError(f'{name} is larger than its data')
-        if 'step' in found and not (type(found['step']) is int and found['step'] >= 0 and isinstance(found['ranks'], list)
-                                    and isinstance(found['config'], dict) and isinstance(found['given'], dict)):
+                raise ValueError(f'{name} claims more numbers than it brings')
+        if 'step' in found and not (type(found['step']) is int and found['step'] >= 0 and type(found['ranks']) is list
+                                    and type(found['config']) is type(found['given']) is dict):
             raise ValueError('its entries are not those of a checkpoint')
         return found, ''
-    except Exception as error:  # a damaged or hostile file can provoke any; whichever it is, the file is at fault and is named
+    except Exception as error:  # a hostile file can provoke any: whichever it is, the file is at fault and is named
         return None, f'cannot be read as a checkpoint ({type(error).__name__}: {" ".join(str(error).split())[:200]})'
 
-
 def nearby(path):
-    """Up to three existing paths that look like a missing one: other steps, or the same name in a sibling folder."""
+    """What exists beside a missing path: the same name, at any step, in the same folder or a sibling of it."""
     folder, name = os.path.split(os.path.normpath(path))
-    for stars in ([], ['*'], ['*', '*']):
-        above = folder.split(os.sep)
-        above = above[:len(above) - len(stars)]
-        found = glob.glob(os.path.join(glob.escape(os.sep.join(above)), *stars, re.sub('[0-9]+', '*', glob.escape(name))))
-        if found:
-            return '; there is ' + ', '.join(sorted(found)[-3:])
-    return ''
-
+    found = glob.glob(os.path.join(glob.escape(os.path.dirname(folder)), '*', re.sub('[0-9]+', '*', glob.escape(name))))
+    return ('; there is ' + ', '.join(sorted(found)[-3:])) if found else ''
 
 checkpoint, checkpoint_file, damaged = None, '', set()
 if checkpoint_path and not (resume or auto_resume or read_only):
     fail(f'--checkpoint_path={checkpoint_path} does nothing by itself: add --resume to continue from it')
 if checkpoint_path:
-    checkpoint, problem = read_checkpoint(checkpoint_path) if os.path.exists(checkpoint_path) else (None, 'does not exist' + nearby(checkpoint_path))
+    exists = os.path.exists(checkpoint_path)
+    checkpoint, problem = read_checkpoint(checkpoint_path) if exists else (None, 'does not exist' + nearby(checkpoint_path))
     if problem and not lenient:
         fail(f'{checkpoint_path} {problem}')
     elif problem:
         print0(f'WARNING: {checkpoint_path} {problem}')
-    else:
-        checkpoint_file = checkpoint_path
-        if not run_dir_typed and 'step' in checkpoint:
-            run_dir = os.path.dirname(os.path.normpath(checkpoint_path)) or '.'
+    elif not run_dir_typed and 'step' in checkpoint:
+        run_dir = os.path.dirname(os.path.normpath(checkpoint_path))
+    checkpoint_file = checkpoint_path if checkpoint else ''
 elif resume or auto_resume or read_only:
     for s in reversed(steps_on_disk()):
         checkpoint, problem = read_checkpoint(checkpoint_path_of(s))
@@ -199,10 +182,10 @@ elif resume or auto_resume or read_only:
             break
         damaged.add(s)
         print0(f'WARNING: {checkpoint_path_of(s)} {problem}; it is kept, trying the one before')
-if read_only and not checkpoint:
-    fail(f'no checkpoint in {run_dir}: name one with --checkpoint_path' + nearby(checkpoint_path_of(0)))
 resumed = checkpoint is not None and 'step' in checkpoint and not read_only
-if not resumed and not read_only and not auto_resume and not (resume and not checkpoint_path) and steps_on_disk():
+if read_only and not checkpoint:
+    fail(f'no readable checkpoint in {run_dir}: name one with --checkpoint_path' + nearby(checkpoint_path_of(0)))
+if not (resumed or read_only or auto_resume or resume and not checkpoint_path) and steps_on_disk():
     fail(f'{run_dir} already holds a run ({os.path.basename(checkpoint_path_of(steps_on_disk()[-1]))}): add --auto_resume to continue it, '
          'or choose another folder for a new one')
 if checkpoint and 'step' in checkpoint:
@@ -211,12 +194,11 @@ elif checkpoint:
     print0(f'WARNING: {checkpoint_file} holds weights only: they are used, optimizer and step start anew')
 
 # ---- derived -------------------------------------------------------------------------------------------------------
-log_dir = run_dir
-config.assign('log_dir', log_dir)
+config.assign('log_dir', run_dir)
 config.fill({**GPT_SIZES[model], **{
     'tiny': dict(batch_size=16, total_batch_size=2048, val_tokens=131072, max_lr=4e-3, warmup_steps=100, max_steps=2500, eval_interval=250,
-                 generate_interval=500, checkpoint_interval=500, log_interval=50, max_seq_length=128, min_seq_length=16),
-    'gpt2': dict(),
+                 generate_interval=500, checkpoint_interval=500, log_interval=50, min_seq_length=16, max_seq_length=128),
+    'gpt2': {},
     'gpt2-medium': dict(batch_size=8, max_lr=3e-4),
     'gpt2-large': dict(batch_size=4, max_lr=2.5e-4),
     'gpt2-xl': dict(batch_size=2, max_lr=2e-4),
@@ -225,17 +207,14 @@ save_every, keep, permanent = checkpoint_interval, keep_last_n_checkpoints, perm
 peak_lr, floor_lr, warmup, clip = max_lr, min_lr if min_lr >= 0 else max_lr / 10, warmup_steps, grad_clip
 schedule, cycles = lr_scheduler if decay_lr else 'constant', lr_restarts + 1
 shape = ('block_size', 'n_layer', 'n_head', 'n_embd')  # settings that a resumed model cannot change
-for wrong, sentence in (
-    (min(batch_size, total_batch_size, block_size, n_layer, n_head, n_embd, log_interval, num_samples, max_new_tokens) < 1,
-     'batch_size, total_batch_size, block_size, n_layer, n_head, n_embd, log_interval, num_samples and max_new_tokens must be at least 1'),
-    (min(max_steps, warmup_steps, grad_accumulation_steps, num_workers, lr_restarts, seed, val_tokens, keep, top_k, *permanent) < 0,
-     'max_steps, warmup_steps, grad_accumulation_steps, num_workers, lr_restarts, seed, val_tokens, top_k and checkpoint numbers must not be negative'),
-    (min(max_lr, weight_decay, grad_clip, temperature) < 0 or not 0 <= dropout < 1 or not 0 < top_p <= 1 or not (0 <= beta1 < 1 and 0 <= beta2 < 1),
-     'max_lr, weight_decay, grad_clip, temperature >= 0; 0 <= dropout, beta1, beta2 < 1; 0 < top_p <= 1'),
-    (n_embd % n_head, f'n_embd {n_embd} is not a multiple of n_head {n_head}'),
-):
-    if wrong:
-        fail(sentence)
+positive = ('batch_size', 'total_batch_size', 'block_size', 'n_layer', 'n_head', 'n_embd', 'log_interval', 'num_samples', 'max_new_tokens',
+            'min_seq_length', 'top_p')
+for name in (*positive, 'max_steps', 'warmup_steps', 'grad_accumulation_steps', 'num_workers', 'lr_restarts', 'seed', 'val_tokens', 'top_k',
+             'keep_last_n_checkpoints', 'max_lr', 'weight_decay', 'grad_clip', 'temperature', 'dropout', 'beta1', 'beta2'):
+    if config[name] < 0 or name in positive and config[name] == 0 or name in ('dropout', 'beta1', 'beta2') and config[name] >= 1:
+        fail(f'{name}={config[name]} is out of range')
+if n_embd % n_head:
+    fail(f'n_embd {n_embd} is not a multiple of n_head {n_head}')
 
 # ---- distributed (=) -----------------------------------------------------------------------------------------------
 ddp = 'RANK' in os.environ  # set by torchrun
@@ -244,21 +223,19 @@ if device.startswith('cuda') and not torch.cuda.is_available():
     print0(f'WARNING: --device={device}, but PyTorch sees no CUDA device here: using the CPU')
     device = 'cpu'
 device = device or ('cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu')
-try:
-    device_type = torch.device(device).type
-except RuntimeError:
-    fail(f'--device={device} is no device: cpu, cuda, cuda:1 or mps')
+device_type = device.split(':')[0]
+if device_type not in ('cpu', 'cuda', 'mps'):
+    fail(f'--device={device}: expected cpu, cuda, cuda:1 or mps')
 if device_type == 'cuda':
     device = f'cuda:{local_rank}' if ddp else device
     torch.cuda.set_device(device)
 if ddp:
     dist.init_process_group('nccl' if device_type == 'cuda' else 'gloo')
-    cpu_group = dist.new_group(backend='gloo')  # for what the ranks say to each other beside gradients
+    cpu_group = dist.new_group(backend='gloo')  # for what the ranks tell each other beside gradients
 device_name = torch.cuda.get_device_name(device) if device_type == 'cuda' else device_type
 # Dense bfloat16 FLOP/s that the makers state, for the share of them in use (mfu); an unknown device has none.
 peak_flops = next((flops for name, flops in (('H200', 989e12), ('H100 PCIe', 756e12), ('H100', 989e12), ('A100', 312e12), ('L40S', 362e12),
                                              ('4090', 165e12), ('3090', 71e12), ('V100', 125e12), ('T4', 65e12)) if name in device_name), 0)
-
 
 def everyone(value):
     """[value of rank 0, value of rank 1, ...], on every rank."""
@@ -267,60 +244,51 @@ def everyone(value):
         dist.all_gather_object(values, value, group=cpu_group)
     return values
 
-
 def agree(problem, code=2):
     """End all ranks if any has a problem (a sentence; '' = none): none may be left waiting for one that is gone."""
     first = next(filter(None, everyone(problem)), '')
     if first:
         fail(first, code)
 
-
 # ---- precision and seed (=) ----------------------------------------------------------------------------------------
 autocast = nullcontext() if dtype == 'float32' else torch.autocast(device_type, getattr(torch, dtype))
-scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')  # small float16 gradients would be rounded to zero
+scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')  # small float16 gradients would round to zero
 if device_type == 'cuda':
     torch.set_float32_matmul_precision('high')  # TF32 for what stays float32
 if deterministic:
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     torch.use_deterministic_algorithms(True)
-
+torch.manual_seed(seed)  # the same first weights on every rank; seed_rank comes after them
+stop_signal, trouble = 0, ''  # what poll() acts upon
 
 def seed_rank(step):
     """Seed this rank's generators (dropout) from (seed, rank, step): ranks must not drop the same units."""
-    words = np.random.SeedSequence([seed, rank, step]).generate_state(4)
-    torch.manual_seed(int(words[0]) << 32 | int(words[1]))  # the GPU's too
+    words = [int(word) for word in np.random.SeedSequence([seed, rank, step]).generate_state(4)]
+    torch.manual_seed(words[0] << 32 | words[1])  # the GPU's too
     np.random.seed(words[2])
-    random.seed(int(words[3]))
-
+    random.seed(words[3])
 
 def rng_state():
-    """State of every generator of this rank, as tensors and plain numbers: weights_only loading takes nothing else."""
-    _, keys, position, has_gauss, gauss = np.random.get_state()
+    """All generators of this rank, as tensors and plain numbers: weights_only loading takes nothing else."""
+    _, keys, *numpy_rest = np.random.get_state()
     version, words, gauss_next = random.getstate()
     accelerator = torch.cuda if device_type == 'cuda' else torch.mps if device_type == 'mps' else torch
     return dict(torch=torch.get_rng_state(), device=accelerator.get_rng_state(), python=(version, torch.tensor(words), gauss_next),
-                numpy=(torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss))
-
+                numpy=(torch.from_numpy(keys.astype(np.int64)), *numpy_rest))
 
 def set_rng_state(state):
     torch.set_rng_state(state['torch'])
-    if device_type in ('cuda', 'mps'):
+    if device_type != 'cpu':
         (torch.cuda if device_type == 'cuda' else torch.mps).set_rng_state(state['device'])
     version, words, gauss_next = state['python']
     random.setstate((version, tuple(words.tolist()), gauss_next))
-    keys, position, has_gauss, gauss = state['numpy']
-    np.random.set_state(('MT19937', keys.numpy().astype(np.uint32), position, has_gauss, gauss))
-
-
-torch.manual_seed(seed)  # the same first weights on every rank; seed_rank comes after them
-stop_signal, trouble = 0, ''
-
+    keys, *numpy_rest = state['numpy']
+    np.random.set_state(('MT19937', keys.numpy().astype(np.uint32), *numpy_rest))
 
 def on_signal(number, frame):
     global stop_signal
-    stop_signal = number  # acted upon in poll(), where all ranks meet
+    stop_signal = number
     signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
-
 
 for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, on_signal)
@@ -329,20 +297,18 @@ for number in (signal.SIGTERM, signal.SIGINT):
 # Row r of a shard is tokens[r*T : r*T + T + 1]. The rows of all shards form one list, each epoch has its own permutation of
 # it, and step k takes rows [k*R, (k+1)*R): the order depends on seed and step alone, not on ranks or micro-batches.
 T = max_seq_length if dynamic_seq_length else block_size
-lengths = [min_seq_length * 2 ** i for i in range(32) if min_seq_length * 2 ** i <= T] if dynamic_seq_length else [T]
-if dynamic_seq_length and (min_seq_length < 1 or not lengths or lengths[-1] != T or T > block_size):
+lengths = [min_seq_length << i for i in range(20) if min_seq_length << i <= T] if dynamic_seq_length else [T]
+if T > block_size or not lengths or lengths[-1] != T:
     fail(f'max_seq_length {max_seq_length} must be min_seq_length {min_seq_length} doubled some times, and at most block_size {block_size}')
-micro_tokens = batch_size * T
 if grad_accumulation_steps:
-    total_batch_size = grad_accumulation_steps * micro_tokens
-    config.assign('total_batch_size', total_batch_size)
-    print0(f'total_batch_size = {total_batch_size:,} tokens ({grad_accumulation_steps} micro-batches of {micro_tokens:,})')
-if total_batch_size % (micro_tokens * world_size) and not read_only:
-    nearest = max(1, round(total_batch_size / (micro_tokens * world_size))) * micro_tokens * world_size
-    fail(f'total_batch_size {total_batch_size} is no multiple of batch_size {batch_size} x {T} tokens x {world_size} rank(s); the nearest that is: {nearest}')
-accumulation = total_batch_size // (micro_tokens * world_size)  # micro-steps of this rank per step
+    config.assign('total_batch_size', grad_accumulation_steps * batch_size * T)
+    print0(f'total_batch_size = {total_batch_size:,} tokens ({grad_accumulation_steps} micro-batches of {batch_size * T:,})')
+micro_total = batch_size * T * world_size  # tokens of one micro-step over all ranks
+if total_batch_size % micro_total and not read_only:
+    fail(f'total_batch_size {total_batch_size} is no multiple of batch_size {batch_size} x {T} tokens x {world_size} rank(s); '
+         f'the nearest that is: {max(1, round(total_batch_size / micro_total)) * micro_total}')
+accumulation = total_batch_size // micro_total  # micro-steps per step
 rows_per_step = total_batch_size // T
-
 
 def open_shard(path):
     """The tokens (n,) uint16 of a shard, mapped, not read: llm.c's .bin or a .npy array. ValueError if it is neither."""
@@ -351,157 +317,125 @@ def open_shard(path):
         if tokens.dtype != np.uint16 or tokens.ndim != 1:
             raise ValueError(f'holds {tokens.dtype} of shape {tokens.shape}, expected one row of uint16')
     else:
-        size = os.path.getsize(path)
         header = np.fromfile(path, '<i4', 256)
         if len(header) < 256 or header[0] != 20240520 or header[1] != 1:
             raise ValueError('does not start with the 1024-byte header 20240520, 1, number of tokens')
-        if size != 1024 + 2 * int(header[2]):
-            raise ValueError(f'is {size} bytes long, but its header says {header[2]} tokens = {1024 + 2 * int(header[2])} bytes')
-        tokens = np.memmap(path, '<u2', 'r', offset=1024) if size > 1024 else np.zeros(0, np.uint16)
+        if os.path.getsize(path) != 1024 + 2 * int(header[2]):
+            raise ValueError(f'is {os.path.getsize(path)} bytes long, its header says {header[2]} tokens = {1024 + 2 * int(header[2])} bytes')
+        tokens = np.memmap(path, '<u2', 'r', offset=1024) if header[2] else []
     if len(tokens) <= T:
         raise ValueError(f'holds {len(tokens)} tokens, fewer than one row of {T} + 1')
     return tokens
 
-
 def open_data():
-    """(training shards {name: tokens}, validation shards, manifest) of data_root; '' or what is wrong comes last."""
+    """(training shards {name: tokens}, validation shards, tokenizer) of data_root. All ids are checked, before the first step."""
     try:
         names = sorted(name for name in os.listdir(data_root) if name.endswith(('.bin', '.npy')))
     except OSError as error:
-        return {}, {}, {}, (f'data_root {data_root}: {error.strerror}. Make it with `python prepare/fineweb.py`, or for a first try without '
-                            'a download: `python prepare/pydocs.py`, then --model=tiny --data_root=data/pydocs')
+        fail(f'data_root {data_root}: {error.strerror}. Make it with `python prepare/fineweb.py`, or for a first try without a download: '
+             '`python prepare/pydocs.py`, then --model=tiny --data_root=data/pydocs')
     val_names = [name for name in names if 'val' in name] or names[:1]
     if len(names) <= len(val_names):
-        return {}, {}, {}, f'data_root {data_root} needs a training shard (.bin or .npy) beside a validation shard, it holds {names}'
-    name, manifest = 'manifest.json', {}
+        fail(f'data_root {data_root} needs a validation and a training shard (.bin or .npy), it holds {names}')
+    name, tokenizer, shards = 'manifest.json', dict(tokenizer='gpt2', vocab_size=50257, eot=50256), {}
     try:
         if os.path.exists(os.path.join(data_root, name)):
             with open(os.path.join(data_root, name), encoding='utf-8') as file:
                 manifest = json.load(file)
-        tokenizer = {key: manifest.get(key, default) for key, default in (('tokenizer', 'gpt2'), ('vocab_size', 50257), ('eot', 50256))}
-        if not (type(tokenizer['vocab_size']) is type(tokenizer['eot']) is int and 0 <= tokenizer['eot'] < tokenizer['vocab_size'] <= 65536):
-            raise ValueError(f'vocab_size {tokenizer["vocab_size"]!r} and eot {tokenizer["eot"]!r} are no vocabulary of 16 bits')
-        shards = {}
+            tokenizer = {key: manifest[key] for key in tokenizer}
+            if tokenizer not in (dict(tokenizer='bytes', vocab_size=257, eot=256), dict(tokenizer='gpt2', vocab_size=50257, eot=50256)):
+                raise ValueError(f'{tokenizer} is no tokenizer known here')
         for name in names:
             shards[name] = open_shard(os.path.join(data_root, name))
-        for name in (val_names if eval_only else names)[rank::world_size]:  # every id once, before the first step
             for i in range(0, len(shards[name]), 2 ** 24):
                 outside = np.flatnonzero(shards[name][i:i + 2 ** 24] >= tokenizer['vocab_size'])
                 if len(outside):
                     raise ValueError(f'token {i + outside[0]} is {shards[name][i + outside[0]]}, outside the vocabulary of {tokenizer["vocab_size"]}')
-    except (OSError, ValueError, EOFError, AttributeError, RecursionError) as error:
-        return {}, {}, {}, f'{os.path.join(data_root, name)}: {error}'
-    return {n: s for n, s in shards.items() if n not in val_names}, {n: shards[n] for n in val_names}, tokenizer, ''
-
+    except (OSError, ValueError, EOFError, KeyError, TypeError, RecursionError) as error:
+        fail(f'{os.path.join(data_root, name)}: {"no entry " if isinstance(error, KeyError) else ""}{error}')
+    return {n: s for n, s in shards.items() if n not in val_names}, {n: shards[n] for n in val_names}, tokenizer
 
 def rows_of(shards, rows):
-    """Rows (n, T+1) int64 of a list of shards, by row number."""
-    first = np.cumsum([0] + [(len(tokens) - 1) // T for tokens in shards])
-    picked = np.empty((len(rows), T + 1), np.int64)
-    for i, (row, s) in enumerate(zip(rows, np.searchsorted(first, rows, 'right') - 1, strict=True)):
-        start = (row - first[s]) * T
-        picked[i] = shards[s][start:start + T + 1]
-    return torch.from_numpy(picked)
-
+    """Rows (n, T+1) int64 of shards {name: tokens}, by row number."""
+    first = np.cumsum([0] + [(len(tokens) - 1) // T for tokens in shards.values()])
+    tokens, shard_of = list(shards.values()), np.searchsorted(first, rows, 'right') - 1
+    return torch.from_numpy(np.stack([tokens[s][(r - first[s]) * T:(r - first[s] + 1) * T + 1] for r, s in zip(rows, shard_of, strict=True)]).astype(np.int64))
 
 if generate:
     train_shards, val_shards, tokenizer = {}, {}, checkpoint.get('tokenizer', dict(tokenizer='gpt2', vocab_size=50257, eot=50256))
 else:
-    train_shards, val_shards, tokenizer, problem = open_data()
-    agree(problem)
+    train_shards, val_shards, tokenizer = open_data()
 train_rows, val_rows = (sum((len(tokens) - 1) // T for tokens in shards.values()) for shards in (train_shards, val_shards))
 val_rows = min(val_rows, max(1, val_tokens // T)) if val_tokens else val_rows
-first_step, first_row = 0, 0  # the row where the step begins; a resume with another total_batch_size moves them
-
+first_step, first_row = 0, 0  # the row where a step begins; only a resume with another total_batch_size moves them
 
 @lru_cache(maxsize=2)
 def permutation(epoch):
     return np.random.default_rng([seed, epoch]).permutation(train_rows)
-
 
 def loader_state(step):
     """Where the data of this step begins, and in which data."""
     epoch, row = divmod(first_row + (step - first_step) * rows_per_step, train_rows)
     return dict(seed=seed, epoch=epoch, row=row, row_length=T, shards={name: len(tokens) for name, tokens in train_shards.items()})
 
-
 def batch(step, micro_step):
     """(inputs, targets), each (batch_size * T // length, length) int64: what this rank sees in this micro-step."""
     begin = first_row + (step - first_step) * rows_per_step + (micro_step * world_size + rank) * batch_size
-    rows = [permutation(row // train_rows)[row % train_rows] for row in range(begin, begin + batch_size)]
-    tokens = rows_of(list(train_shards.values()), np.array(rows))
+    tokens = rows_of(train_shards, [permutation(row // train_rows)[row % train_rows] for row in range(begin, begin + batch_size)])
     length = lengths[np.random.default_rng([seed, step, 1]).integers(len(lengths))]
     x, y = tokens[:, :-1].reshape(-1, length), tokens[:, 1:].reshape(-1, length)
     return (x.pin_memory(), y.pin_memory()) if device_type == 'cuda' else (x, y)
 
-
-prefetcher, prefetched = ThreadPoolExecutor(1) if num_workers else None, {}
-
+prefetcher, prefetched = ThreadPoolExecutor(max(1, min(1, num_workers))), {}
 
 def next_batch(step, micro_step):
-    """batch(step, micro_step) on the device, while the thread goes on with the next ones."""
+    """batch(step, micro_step) on the device, while a thread prepares the next num_workers ones."""
     now = step * accumulation + micro_step
-    if prefetcher:
-        for i in range(now, now + num_workers + 1):
-            if i not in prefetched:
-                prefetched[i] = prefetcher.submit(batch, *divmod(i, accumulation))
-        x, y = prefetched.pop(now).result()
-    else:
-        x, y = batch(step, micro_step)
-    return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-
+    for i in range(now, now + num_workers + 1):
+        if i not in prefetched:
+            prefetched[i] = prefetcher.submit(batch, *divmod(i, accumulation))
+    return [tensor.to(device, non_blocking=True) for tensor in prefetched.pop(now).result()]
 
 # ---- model ---------------------------------------------------------------------------------------------------------
-if vocab_size > 0 and vocab_size < tokenizer['vocab_size']:
+if 0 < vocab_size < tokenizer['vocab_size']:
     fail(f'vocab_size {vocab_size} is smaller than the vocabulary of the data, {tokenizer["vocab_size"]}')
-model_config = GPTConfig(block_size, vocab_size if vocab_size > 0 else -(-tokenizer['vocab_size'] // 64) * 64, n_layer, n_head, n_embd, dropout)
-raw_model = GPT(model_config).to(device)
+padded_vocab = vocab_size if vocab_size > 0 else -(-tokenizer['vocab_size'] // 64) * 64
+raw_model = GPT(GPTConfig(block_size, padded_vocab, n_layer, n_head, n_embd, dropout)).to(device)
 
 # ---- optimizer -----------------------------------------------------------------------------------------------------
-parameters = [p for p in raw_model.parameters() if p.requires_grad]
+parameters = list(raw_model.parameters())
 optimizer = torch.optim.AdamW([
     dict(params=[p for p in parameters if p.dim() >= 2], weight_decay=weight_decay),  # matrices; embeddings too, as GPT-2 trainers do
     dict(params=[p for p in parameters if p.dim() < 2], weight_decay=0.0),            # biases and norms
 ], lr=peak_lr, betas=(beta1, beta2), eps=1e-8, fused=device_type in ('cuda', 'cpu'))
 optimizers = [optimizer]
 
-
 def state_files(run):
     """{file name: content} of a checkpoint, '' for a single file. run: the part that all scripts share (see save)."""
     return {'': dict(run, model=raw_model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
                      train_loader_state=loader_state(run['step']), tokenizer=tokenizer)}
 
-
 def load_weights(checkpoint):
     raw_model.load_state_dict(checkpoint['model'])
 
-
 def load_training(checkpoint):
-    """Everything else that state_files stored. Raises ValueError for a sentence about the user's data."""
+    """Everything else that state_files stored; ValueError if it does not belong to this data."""
     global first_step, first_row
-    for group, stored in zip(optimizer.param_groups, checkpoint['optimizer']['param_groups'], strict=True):
-        for p, index in zip(group['params'], stored['params'], strict=True):
-            for moment in ('exp_avg', 'exp_avg_sq'):
-                if checkpoint['optimizer']['state'] and checkpoint['optimizer']['state'][index][moment].shape != p.shape:
-                    raise ValueError(f'{moment} {index} of the optimizer has another shape than its weight')
     optimizer.load_state_dict(checkpoint['optimizer'])
     scaler.load_state_dict(checkpoint['scaler'])
     there, here = checkpoint['train_loader_state'], loader_state(0)
     for name in ('row_length', 'shards'):
         if there[name] != here[name]:
-            raise ValueError(f'the training data in {data_root} changed since (the {name} that it had: {str(there[name])[:200]}); '
+            raise ValueError(f'the data in {data_root} changed since, its {name} was {str(there[name])[:200]}: '
                              'resume with that data, or begin a new run in another folder')
     first_step, first_row = checkpoint['step'], there['epoch'] * train_rows + there['row']
 
-
 def rank_state():
-    """What this rank alone knows, beside its generators."""
+    """What this rank alone knows beside its generators, and its counterpart; None for a rank that the stored run lacked."""
     return {}
 
-
 def load_rank_state(state):
-    """Its counterpart; None for a rank that the stored run did not have."""
-
+    pass
 
 # ---- checkpoint (=) ------------------------------------------------------------------------------------------------
 # step: completed optimizer steps. progress: plain numbers that a resume continues. snapshot: what a checkpoint of this step
@@ -509,70 +443,55 @@ def load_rank_state(state):
 step, snapshot, log_descriptor = 0, None, -1
 progress = dict(val_loss=math.inf, best_val_loss=math.inf, best_step=-1, loss_sum=0.0, loss_count=0, seconds=0.0, wandb_id='')
 
+def cannot_write(path, error):
+    free = shutil.disk_usage(run_dir).free if os.path.isdir(run_dir) else 0
+    return f'cannot write {path}: {error} ({free:,} bytes free); earlier checkpoints are intact'
 
-def log(line, prefix=''):
-    """Print a line and append it to log.txt (rank 0)."""
+def log(line, prefix='', show=True):
+    """Append a line to log.txt and print it (rank 0)."""
     global stop_signal, trouble
-    print0(line)
+    if show:
+        print0(line)
     data = (prefix + line + '\n').encode()
     try:
         while data and log_descriptor >= 0:
             data = data[os.write(log_descriptor, data):]
     except OSError as error:
-        stop_signal, trouble = -1, cannot_write(os.path.join(run_dir, 'log.txt'), error)  # all ranks end in poll()
-
-
-def cannot_write(path, error):
-    free = shutil.disk_usage(run_dir).free if os.path.isdir(run_dir) else 0
-    return f'cannot write {path}: {" ".join(str(error).split())} ({free:,} bytes free); earlier checkpoints are intact'
-
+        stop_signal, trouble = 1000, cannot_write(os.path.join(run_dir, 'log.txt'), error)  # all ranks end in poll()
 
 def take_snapshot(top_done):
-    log_bytes = os.fstat(log_descriptor).st_size if log_descriptor >= 0 else 0
-    return dict(step=step, top_done=top_done, log_bytes=log_bytes, progress=dict(progress), rank=dict(rng=rng_state(), **rank_state()))
-
-
-def sync(path):
-    """Force a file, or the names in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
+    return dict(step=step, top_done=top_done, log_bytes=os.fstat(log_descriptor).st_size if master else 0, progress=dict(progress),
+                rank=dict(rank_state(), rng=rng_state()))
 
 def remove(path):
     if os.path.isdir(path) and not os.path.islink(path):
         os.replace(path, path + '.gone')  # a half-deleted folder must not bear the name of a whole one
         shutil.rmtree(path + '.gone')
-    else:
+    elif os.path.lexists(path):
         os.unlink(path)
 
-
 def write_whole(path, files):
-    """Write a file, or a folder of files, under another name, force it to the disk, rename it: whole or absent."""
-    temporary = path + '.tmp'
-    folder = '' not in files
-    if os.path.lexists(temporary):
-        remove(temporary)
-    if folder:
+    """Write a file, or a folder of files, under another name, force it to the disk, then rename it: whole or absent."""
+    temporary, is_folder = path + '.tmp', '' not in files
+    remove(temporary)
+    if is_folder:
         os.mkdir(temporary)
     for name, content in files.items():
-        part = os.path.join(temporary, name) if folder else temporary
-        content = content(temporary) if callable(content) else content  # made last, out of the files before it
-        with open(part, 'wb') as file:
+        content = content(temporary) if callable(content) else content  # made out of the files before it
+        with open(os.path.join(temporary, name) if name else temporary, 'wb') as file:
             file.write(json.dumps(content, indent=1).encode()) if name.endswith('.json') else torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-    if folder:
-        sync(temporary)
-        if os.path.isdir(path):
-            if os.path.isdir(path + '.old'):
-                remove(path + '.old')
-            os.replace(path, path + '.old')  # a folder that is not empty cannot be replaced in one step: readers take .old
-    os.replace(temporary, path)
-    sync(run_dir)
-    if folder and os.path.isdir(path + '.old'):
+    if is_folder and os.path.isdir(path):
         remove(path + '.old')
-
+        os.replace(path, path + '.old')  # a folder cannot be replaced in one step
+    os.replace(temporary, path)
+    for folder in (path, run_dir):
+        descriptor = os.open(folder, os.O_RDONLY)
+        os.fsync(descriptor)  # the names in it
+        os.close(descriptor)
+    if is_folder:
+        remove(path + '.old')
 
 def rotate():
     """Delete what is no longer wanted, once what replaces it is on the disk. Damaged files neither count nor go."""
@@ -584,104 +503,95 @@ def rotate():
         if s not in permanent:
             remove(checkpoint_path_of(s))
 
-
 def save(path):
     """Write the checkpoint of the snapshot, then rotate. Every rank calls it; rank 0 writes."""
-    ranks, problem = [None] * world_size if master else None, ''
+    ranks, problem = [snapshot['rank']] * world_size, ''
     if ddp:
-        dist.gather_object(snapshot['rank'], ranks, group=cpu_group)
-    else:
-        ranks = [snapshot['rank']]
+        dist.gather_object(snapshot['rank'], ranks if master else None, group=cpu_group)
     files = state_files(dict(snapshot['progress'], step=snapshot['step'], top_done=snapshot['top_done'], log_bytes=snapshot['log_bytes'],
                              ranks=ranks, config=dict(config), given=config.typed()))
     if master:
         try:
             os.fsync(log_descriptor)
             write_whole(path, files)
+            damaged.discard(snapshot['step'])
             rotate()
+            size = sum(os.path.getsize(os.path.join(path, name) if name else path) for name in files)
+            print0(f'saved {path} ({size / 1e6:,.1f} MB)')
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
             problem = cannot_write(path, error)
-            if os.path.lexists(path + '.tmp'):
-                remove(path + '.tmp')
+            remove(path + '.tmp')
     agree(problem, code=1)
-    if master:
-        damaged.discard(snapshot['step'])
-        sizes = [os.path.getsize(os.path.join(path, name)) for name in files if os.path.exists(os.path.join(path, name))] or [os.path.getsize(path)]
-        print0(f'saved {path} ({sum(sizes) / 1e6:,.1f} MB)')
-
 
 def leave(code):
     if ddp:
         dist.destroy_process_group()
     sys.exit(code)
 
-
 def poll():
     """Has any rank been told to stop? Then write the last whole step and leave. Called by all ranks, between micro-steps
-    and evaluation batches: whatever this step has drawn or summed up so far is forgotten and done again after the resume."""
-    told = torch.tensor([stop_signal == -1, stop_signal])
+    and evaluation batches: what this step has drawn or summed up so far is forgotten and done again after the resume."""
+    told = torch.tensor(stop_signal)
     if ddp:
         dist.all_reduce(told, dist.ReduceOp.MAX, group=cpu_group)
-    failed, number = told.tolist()
-    if failed:
+    if told == 1000:
         fail(trouble, 1)
-    if number > 0:
-        print0(f'stopped by {signal.Signals(number).name}')
-        if not read_only:
+    if told > 0:
+        print0(f'stopped by {signal.Signals(int(told)).name}')
+        if not read_only and not (resumed and snapshot['step'] == start_step):  # that one is on the disk
             save(checkpoint_path_of(snapshot['step']))
-        leave(128 + number)
-
+        leave(128 + int(told))
 
 # ---- resume (=) ----------------------------------------------------------------------------------------------------
-start_step, top_done = 0, False
+start_step, top_done, in_place, problem = 0, False, False, ''
 hyperparameters = [[{k: v for k, v in group.items() if k != 'params'} for group in o.param_groups] for o in optimizers]
-if checkpoint:
-    problem = ''
-    try:
-        for name in shape if resumed else ():
-            if name in checkpoint['config'] and checkpoint['config'][name] != config[name]:
-                raise ValueError(f'{name} cannot change on resume: {checkpoint["config"][name]} -> {config[name]}')
-        load_weights(checkpoint)
-        if resumed:
-            load_training(checkpoint)
-            start_step, top_done = checkpoint['step'], bool(checkpoint['top_done'])
-            progress.update({name: type(value)(checkpoint[name]) for name, value in progress.items()})
-            stored_rank = checkpoint['ranks'][rank] if rank < len(checkpoint['ranks']) else None
-            load_rank_state(stored_rank)
-            if stored_rank:
-                set_rng_state(stored_rank['rng'])
-            else:
-                seed_rank(start_step)
-    except (ValueError, RuntimeError, TypeError, KeyError, IndexError, AttributeError) as error:  # what a file that does not fit can provoke
-        problem = f'{checkpoint_file} does not fit: ' + ' '.join(f'{"no entry " if isinstance(error, KeyError) else ""}{error}'.split())[:400]
-    agree(problem)
-    for o, groups in zip(optimizers, hyperparameters, strict=True):
-        for group, typed in zip(o.param_groups, groups, strict=True):
-            group.update(typed)  # the present settings, not the stored ones
 if resumed:
-    for name, value in config.items():
-        if name in checkpoint['config'] and checkpoint['config'][name] != value and name not in LAUNCH and name != 'log_dir':
-            print0(f'changed since the checkpoint: {name} {checkpoint["config"][name]!r} -> {value!r}')
-    if len(checkpoint['ranks']) < world_size:
-        print0(f'ranks {len(checkpoint["ranks"])} to {world_size - 1} are new: their generators are seeded from (seed, rank, step)')
-    if start_step > max_steps:
-        fail(f'{checkpoint_file} is at step {start_step}, beyond max_steps {max_steps}')
-else:
-    seed_rank(0)
+    changed = {name: (checkpoint['config'][name], value) for name, value in config.items()
+               if name not in LAUNCH and name != 'log_dir' and checkpoint['config'].get(name, value) != value}
+    for name, (old, new) in changed.items():
+        if name in shape:
+            fail(f'{name} cannot change on resume: {old} -> {new} ({checkpoint_file})')
+        print0(f'changed since the checkpoint: {name} {old!r} -> {new!r}')
+try:
+    if checkpoint:
+        load_weights(checkpoint)
+    if resumed:
+        load_training(checkpoint)
+        for o in optimizers:  # load_state_dict does not look at shapes
+            for p, state in o.state.items():
+                if any(torch.is_tensor(value) and value.dim() and value.shape != p.shape for value in state.values()):
+                    raise ValueError('the state of the optimizer has other shapes than the weights')
+        start_step, top_done = checkpoint['step'], bool(checkpoint['top_done'])
+        progress = {name: type(value)(checkpoint[name]) for name, value in progress.items()}
+        known = checkpoint['ranks'][rank] if rank < len(checkpoint['ranks']) else None
+        load_rank_state(known)
+        set_rng_state(known['rng']) if known else seed_rank(start_step)
+        if len(checkpoint['ranks']) < world_size:
+            print0(f'ranks {len(checkpoint["ranks"])} to {world_size - 1} are new: their generators are seeded from (seed, rank, step)')
+    else:
+        seed_rank(0)
+except (ValueError, RuntimeError, TypeError, KeyError, IndexError, AttributeError) as error:  # what a file that does not fit provokes
+    fail(f'{checkpoint_file} does not fit: {"no entry " if isinstance(error, KeyError) else ""}{str(error)[:400]}')
+for o, groups in zip(optimizers, hyperparameters, strict=True):
+    for group, present in zip(o.param_groups, groups, strict=True):
+        group.update(present)  # the present settings, not the stored ones
+if start_step > max_steps:
+    fail(f'{checkpoint_file} is at step {start_step}, beyond max_steps {max_steps}')
 if len(set(everyone(start_step))) > 1:
-    fail(f'the ranks found different checkpoints (steps {sorted(set(everyone(start_step)))}): {run_dir} must lie where all nodes see it')
+    fail(f'the ranks found different checkpoints in {run_dir}: it must lie where all nodes see it')
 if master and not read_only:
-    log_path, problem = os.path.join(run_dir, 'log.txt'), ''
+    log_path = os.path.join(run_dir, 'log.txt')
     try:
         os.makedirs(run_dir, exist_ok=True)
-        in_place = resumed and os.path.realpath(os.path.dirname(os.path.normpath(checkpoint_file)) or '.') == os.path.realpath(run_dir)
+        in_place = resumed and os.path.samefile(os.path.dirname(os.path.normpath(checkpoint_file)) or '.', run_dir)
         if resumed and not in_place and steps_on_disk():
             raise ValueError(f'{run_dir} already holds another run: choose an empty folder')
-        if in_place and checkpoint_path:  # the steps after an explicit one belong to another future
+        if in_place and checkpoint_path:  # what comes after an explicit step belongs to another future
             later = [checkpoint_path_of(s) for s in steps_on_disk() if s > start_step]
-            best = read_checkpoint(best_path())[0] if os.path.exists(best_path()) else None
-            later += [best_path()] if best and best.get('step', 0) > start_step else []
+            best = read_checkpoint(checkpoint_path_of('best'))[0]
+            later += [checkpoint_path_of('best')] if best and best.get('step', 0) > start_step else []
             for path in later:
+                remove(path + '.old')
                 os.replace(path, path + '.old')
             if later:
                 print0(f'set aside as *.old, later than step {start_step}:', ', '.join(later))
@@ -694,9 +604,7 @@ if master and not read_only:
         if save_config:
             config.save(os.path.join(run_dir, 'config.py'))
     except (OSError, ValueError, TypeError) as error:
-        problem = str(error) if isinstance(error, ValueError) else cannot_write(run_dir, error)
-else:
-    problem = ''
+        problem = f'cannot use {run_dir} as the folder of this run: {error}'
 agree(problem)
 wandb_run = None
 if wandb_log and master and not read_only:
@@ -710,9 +618,9 @@ if wandb_log and master and not read_only:
 # ---- compile and wrap (=) ------------------------------------------------------------------------------------------
 if compile:
     raw_model.compile()  # in place: the names in the state dict stay as they are, and raw_model.forward stays eager
-net = DistributedDataParallel(raw_model, gradient_as_bucket_view=True, broadcast_buffers=False,
-                              device_ids=[local_rank] if device_type == 'cuda' else None) if ddp and not read_only else raw_model
-
+net = raw_model
+if ddp and not read_only:
+    net = DistributedDataParallel(raw_model, device_ids=[local_rank] if device_type == 'cuda' else None, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 # ---- learning rate (=) ---------------------------------------------------------------------------------------------
 def get_lr(step):
@@ -726,84 +634,76 @@ def get_lr(step):
         done = done * cycles % 1
     return floor_lr + (peak_lr - floor_lr) * (1 + math.cos(math.pi * min(1, done))) / 2
 
-
 # ---- evaluation ----------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def evaluate():
     """Validation loss in nats per token over the first val_rows rows, split over the ranks."""
     raw_model.eval()
-    losses, shards = [], list(val_shards.values())
-    for begin in range(rank * batch_size, -(-val_rows // (batch_size * world_size)) * batch_size * world_size, batch_size * world_size):
+    losses = []
+    for begin in range(rank * batch_size, val_rows + rank * batch_size, batch_size * world_size):  # as many on every rank
         poll()
-        rows = np.arange(begin, begin + batch_size)
-        tokens = rows_of(shards, np.minimum(rows, val_rows - 1)).to(device)  # always a full batch: one shape for torch.compile
-        tokens[val_rows - begin if begin < val_rows else 0:, 1:] = -1         # rows past the end are not counted
+        rows = np.arange(begin, begin + batch_size)  # always a full batch, one shape for torch.compile: what is too much counts nothing
+        tokens = rows_of(val_shards, np.minimum(rows, val_rows - 1))
+        tokens[rows >= val_rows, 1:] = -1
+        tokens = tokens.to(device)
         with autocast:
             losses.append(raw_model(tokens[:, :-1].clamp(min=0), tokens[:, 1:], 'sum'))
     raw_model.train()
-    return sum(everyone(torch.stack(losses).double().sum().item() if device_type != 'mps' else sum(t.item() for t in losses))) / (val_rows * T)
+    return sum(everyone(torch.stack(losses).cpu().double().sum().item())) / (val_rows * T)
 
-
-@torch.no_grad()
 def sample(text, seed):
-    """Continue `text` num_samples times; a list of strings. Every rank draws the same."""
-    encoding = load_tokenizer(tokenizer['tokenizer'])
+    """num_samples continuations of `text`, a list of strings. Every rank draws the same."""
+    encoding, generator, texts = load_tokenizer(tokenizer['tokenizer']), torch.Generator(device).manual_seed(seed), []
     prompt = torch.tensor([[tokenizer['eot'], *encoding.encode_ordinary(text)]], device=device)
-    generator, texts = torch.Generator(device).manual_seed(seed), []
     for _ in range(num_samples):
         poll()
         with autocast:
-            ids = raw_model.generate(prompt, max_new_tokens, temperature, top_k, top_p, tokenizer['vocab_size'], tokenizer['eot'], generator)[0].tolist()
-        ids = [i for i in ids if i != tokenizer['eot']]
-        texts.append(re.sub(r'[^\n\t -~\xa0-\uffff]', '\ufffd', encoding.decode(ids)))  # no control codes on a terminal
-    return texts
+            ids = raw_model.generate(prompt, max_new_tokens, temperature, top_k, top_p, tokenizer['vocab_size'], tokenizer['eot'], generator)
+        texts.append(encoding.decode([i for i in ids[0].tolist() if i != tokenizer['eot']]))
+    return [re.sub(r'[^\n\t -~\xa0-\uffff]', '\ufffd', text) for text in texts]  # no control codes on a terminal
 
-
-if read_only:
-    step, done = checkpoint.get('step', 0), checkpoint.get('config', {}).get('max_steps', max_steps)
-    if generate:
-        try:
-            print0('\n----\n'.join(sample(generate, seed)))
-        except OSError as error:
+if generate or not read_only and generate_interval > 0:
+    try:
+        load_tokenizer(tokenizer['tokenizer'])
+    except OSError as error:
+        if generate:
             fail(error)
+        print0(f'no samples: {error}')
+        generate_interval = -1
+if read_only:
+    step = checkpoint.get('step', 0)
+    if generate:
+        print0('\n----\n'.join(sample(generate, seed)))
     else:
         val_loss = evaluate()
-        print0(f'step {step}/{done} | val loss {val_loss:.4f}')
+        print0(f'step {step}/{max_steps} | val loss {val_loss:.4f}')
+        path = os.path.join(os.path.dirname(os.path.normpath(checkpoint_file)), 'eval.json')
         if master:
-            path = os.path.join(os.path.dirname(os.path.normpath(checkpoint_file)), 'eval.json')
             with open(path, 'w', encoding='utf-8') as file:
                 json.dump(dict(step=step, val_loss=val_loss, val_tokens=val_rows * T, checkpoint=checkpoint_file, data_root=data_root), file)
-            print0(f'wrote {path}')
+        print0(f'wrote {path}')
     leave(0)
 
 # ---- training loop -------------------------------------------------------------------------------------------------
 commit = subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=os.path.dirname(os.path.abspath(__file__)), capture_output=True, text=True)
+log('settings given: ' + ' '.join(f'{name}={value!r}' for name, value in config.typed().items()), prefix='# ', show=False)
 for line in (
-    f'{sum(p.numel() for p in parameters):,} parameters, {n_layer} layers, {n_head} heads, width {n_embd}, block {block_size}, '
-    f'vocabulary {tokenizer["vocab_size"]} -> {model_config.vocab_size}',
+    f'{sum(p.numel() for p in parameters):,} parameters: {n_layer} layers, {n_head} heads, width {n_embd}, {block_size} positions, {padded_vocab} ids',
     f'{total_batch_size:,} tokens per step = {batch_size} rows x {T} x {accumulation} micro-step(s) x {world_size} rank(s)',
-    f'{data_root}: {train_rows * T:,} training tokens, {max_steps * rows_per_step / train_rows:.2f} epochs in {max_steps} steps; {val_rows * T:,} validation',
+    f'{data_root}: {train_rows * T:,} training tokens, {max_steps * rows_per_step / train_rows:.2f} epochs in {max_steps} steps; {val_rows * T:,} validation tokens',
     f'device {device} ({device_name}), dtype {dtype}, compile {compile}, torch {torch.__version__}, commit {commit.stdout.strip() or "unknown"}',
     f'run {run_name or run_dir}: ' + (f'resumed from {checkpoint_file} at step {start_step}' if resumed else
                                       f'weights from {checkpoint_file}' if checkpoint else f'new, random initialisation, seed {seed}'),
-    'settings given: ' + ' '.join(f'{name}={value!r}' for name, value in config.typed().items()),
 ):
     log(line, prefix='# ')
-if device_type != 'cpu' or generate_interval > 0:
-    try:
-        load_tokenizer(tokenizer['tokenizer'])
-    except OSError as error:
-        generate_interval = -1
-        log(f'no samples: {error}', prefix='# ')
-
 flops_per_step = raw_model.flops_per_token(T) * total_batch_size
 seconds, timed_steps = 0.0, 0
 raw_model.train()
 for step in range(start_step, max_steps + 1):
-    # -- top: everything that looks at the model after `step` updates; nothing here changes the training
+    # -- top: what looks at the model after `step` updates; nothing here changes the training
     last = step == max_steps
+    snapshot = take_snapshot(top_done=False)
     if step > start_step or not top_done:
-        snapshot = take_snapshot(top_done=False)
         if eval_interval > 0 and step % eval_interval == 0 or last:
             progress['val_loss'] = evaluate()
             log(f'step {step}/{max_steps} | val loss {progress["val_loss"]:.4f}')
@@ -811,16 +711,13 @@ for step in range(start_step, max_steps + 1):
                 wandb_run.log({'val/loss': progress['val_loss']}, step=step)
             if progress['val_loss'] < progress['best_val_loss']:
                 progress.update(best_val_loss=progress['val_loss'], best_step=step)
-                if step > 0:
-                    save(best_path())
-        if generate_interval > 0 and (step % generate_interval == 0 or last) and step > 0:
+                save(checkpoint_path_of('best'))
+        if generate_interval > 0 and step > 0 and (step % generate_interval == 0 or last):
             for text in sample('', seed + step):
                 log(f'step {step}/{max_steps} | sample\n' + '\n'.join('    ' + line for line in text.splitlines()))
-        snapshot = take_snapshot(top_done=True)
-        if step > start_step and (save_every > 0 and step % save_every == 0 or step in permanent) or last:
-            save(checkpoint_path_of(step))
-    else:
-        snapshot = take_snapshot(top_done=True)
+    snapshot = take_snapshot(top_done=True)
+    if step > start_step and (save_every > 0 and step % save_every == 0 or step in permanent or last):
+        save(checkpoint_path_of(step))
     if last:
         break
 
@@ -835,53 +732,52 @@ for step in range(start_step, max_steps + 1):
         x, y = next_batch(step, micro_step)
         net.require_backward_grad_sync = micro_step == accumulation - 1  # before the forward: DDP reads it there
         with autocast:
-            loss = net(x, y, 'sum') / total_batch_size  # over the global count: micro-batches weigh by their tokens
+            loss = net(x, y, 'sum') / total_batch_size  # over the global count: every token weighs the same
         scaler.scale(loss * world_size).backward()      # DDP divides by world_size
         loss_sum += loss.detach()
         if log_level == 'DEBUG':
             print0(f'step {step + 1} micro-step {micro_step + 1}/{accumulation} | loss {loss.item() * total_batch_size / y.numel():.6f} '
                    f'| {1000 * (time.perf_counter() - started):.0f}ms')
     scaler.unscale_(optimizer)
-    logged = (step + 1) % log_interval == 0 or step == 0 or step + 1 == max_steps
-    if log_gradients and logged:
+    reporting = (step + 1) % log_interval == 0 or step == 0 or step + 1 == max_steps
+    gradients = ''
+    if log_gradients and reporting:  # of every part of the model, before clipping
         parts = {}
         for name, p in raw_model.named_parameters():
-            part = re.match(r'transformer\.(h\.\d+\.\w+|\w+)', name)[1]
-            parts[part] = parts.get(part, 0) + p.grad.detach().float().square().sum()
-        gradients = ' | grad ' + ' '.join(f'{part} {square.sqrt().item():.2e}' for part, square in parts.items())
+            parts.setdefault(re.match(r'transformer\.(h\.\d+\.\w+|\w+)', name)[1], []).append(p.grad)
+        gradients = ' | grad ' + ' '.join(f'{part} {torch.nn.utils.get_total_norm(grads).item():.2e}' for part, grads in parts.items())
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip if clip > 0 else math.inf)
-    report = torch.stack((loss_sum, norm / world_size))  # one tensor, one host read a step; NaN or infinity on any rank survives the sum
+    report = torch.stack((loss_sum, norm / world_size))  # one tensor, one host read; NaN or infinity on any rank survives the sum
     if ddp:
         dist.all_reduce(report)
     step_loss, step_norm = report.tolist()
-    if not math.isfinite(step_loss) or not math.isfinite(step_norm) and not (scaler.is_enabled() and scaler.get_scale() > 1):
-        fail(f'step {step + 1}: loss {step_loss}, gradient norm {step_norm}; stopped before the update, no checkpoint holds it. '
-             'Try a lower max_lr or a longer warmup_steps', 1)
+    overflow = scaler.is_enabled() and not math.isfinite(step_norm) and scaler.get_scale() > 1  # the scaler skips it and scales less
+    if not math.isfinite(step_loss) or not math.isfinite(step_norm) and not overflow:
+        fail(f'step {step + 1}: loss {step_loss}, gradient norm {step_norm}; stopped before the update, no checkpoint holds it '
+             '(try a lower max_lr or more warmup_steps)', 1)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
 
     # -- reporting only
-    seconds, timed_steps = seconds + time.perf_counter() - started, timed_steps + 1
-    progress['loss_sum'] += step_loss
-    progress['loss_count'] += 1
-    progress['seconds'] += time.perf_counter() - started
-    if logged:
-        dt = seconds / timed_steps
-        eta = dt * (max_steps - step - 1)
-        mean_loss = progress['loss_sum'] / progress['loss_count']
+    dt = time.perf_counter() - started
+    seconds, timed_steps = seconds + dt, timed_steps + 1
+    progress.update(loss_sum=progress['loss_sum'] + step_loss, loss_count=progress['loss_count'] + 1, seconds=progress['seconds'] + dt)
+    if reporting:
+        dt, mean_loss = seconds / timed_steps, progress['loss_sum'] / progress['loss_count']
+        mfu = f'{100 * flops_per_step / dt / world_size / peak_flops:.1f}%' if peak_flops else '-'
+        minutes = int(dt * (max_steps - step - 1) / 60)
         log(f'step {step + 1}/{max_steps} ({100 * (step + 1) / max_steps:.2f}%) | loss {mean_loss:.6f} | lr {lr:.2e} | norm {step_norm:.2f} | '
-            f'dt {1000 * dt:.0f}ms | tok/s {total_batch_size / dt:,.0f} | mfu '
-            + (f'{100 * flops_per_step / dt / world_size / peak_flops:.1f}%' if peak_flops else '-')
-            + f' | eta {eta // 3600:.0f}h{eta // 60 % 60:02.0f}m' + (gradients if log_gradients else ''))
+            f'dt {1000 * dt:.0f}ms | tok/s {total_batch_size / dt:,.0f} | mfu {mfu} | eta {minutes // 60}h{minutes % 60:02d}m{gradients}')
         if wandb_run:
             wandb_run.log({'train/loss': mean_loss, 'lr': lr, 'norm': step_norm, 'tok/s': total_batch_size / dt}, step=step + 1)
-        seconds, timed_steps, progress['loss_sum'], progress['loss_count'] = 0.0, 0, 0.0, 0
+        seconds, timed_steps = 0.0, 0
+        progress.update(loss_sum=0.0, loss_count=0)
 
 # ---- finish --------------------------------------------------------------------------------------------------------
-poll()
 log(f'done: best val loss {progress["best_val_loss"]:.4f} at step {progress["best_step"]}, checkpoints in {run_dir}, '
     f'trained for {progress["seconds"] / 60:.1f} min', prefix='# ')
+poll()
 if wandb_run:
     wandb_run.finish()
 leave(0)

@@ -25,6 +25,7 @@ import sys
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -160,11 +161,13 @@ def sources():
 
 def stream_of(sizes, path_of):
     """A function (file, document) -> every document from there on, as (file, document, text, share of all input read)."""
+    before = list(accumulate(sizes, initial=0))  # bytes in front of each file
+
     def stream(first_file, first_document):
         for file in range(first_file, len(sizes)):
             path = Path(path_of(file))
             for document, text, share in READERS[path.suffix](path, first_document if file == first_file else 0):
-                yield file, document, text, (sum(sizes[:file]) + share * sizes[file]) / max(1, sum(sizes))
+                yield file, document, text, (before[file] + share * sizes[file]) / max(1, before[-1])
     return stream
 
 
@@ -345,9 +348,9 @@ def write_pieces(folder, settings, state, stream, enc, workers):
         state['pieces'].append(write_tokens(piece_path(folder, len(state['pieces'])), buffer[:used]))
         write_json(folder / 'pieces' / 'progress.json', state)  # a piece counts from here on
 
-    file, document, start = state['next']
+    first_file, first_document, start = state['next']
     bar = tqdm(unit='tok', unit_scale=True, initial=before, disable=None, smoothing=0.05, desc=str(folder))
-    for file, document, text, share, tokens in tokenised(stream(file, document), enc, workers):
+    for file, document, text, share, tokens in tokenised(stream(first_file, first_document), enc, workers):
         state['empty_documents'] += not text
         while start < len(tokens):
             count = min(len(tokens) - start, len(buffer) - used)

@@ -1,0 +1,33 @@
+"""Fixtures that all tests share: the forking launcher, once a session, and the numbers of the long forms of the tests."""
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ['OMP_NUM_THREADS'] = '1'  # before torch is imported: runs of two ranks share two cores
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[1])]
+
+from harness import Launcher  # noqa: E402
+
+
+def pytest_addoption(parser):
+    parser.addoption('--kills', type=int, default=5, help='kill -9 so many times per script on one rank (50 for the long form)')
+    parser.addoption('--fuzz', type=int, default=100, help='inputs to each fuzz test (2000 for the long form)')
+
+
+@pytest.fixture
+def kills(request):
+    return request.config.getoption('--kills')
+
+
+@pytest.fixture
+def fuzz(request):
+    return request.config.getoption('--fuzz')
+
+
+@pytest.fixture(scope='session')
+def launcher():
+    launcher = Launcher()
+    yield launcher
+    launcher.close()

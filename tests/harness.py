@@ -1,0 +1,254 @@
+"""Runs a training script many times in little time: one process imports torch once and forks every run from there.
+
+    launcher = Launcher()
+    run = launcher.start('train_gpt2.py', ['--max_steps=4'], cwd=folder, ranks=2)
+    time.sleep(0.3); run.kill(signal.SIGKILL)
+    codes = run.wait()            # [exit code of rank 0, of rank 1]; -9 = killed by SIGKILL
+    run.out, run.err              # what rank 0 printed
+
+The forking process runs no torch operation (its thread pools would not survive the fork), so this file is also a program:
+`python harness.py` serves forks over its standard input and output. `prelude` is Python source that a run executes before the
+script: a place to break things (a function that returns NaN, an os.replace that kills).
+"""
+import json
+import os
+import random
+import re
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+# Kills the run at the n-th of all operations that a save consists of, in the middle of it where it has one.
+KILL_AT = """
+import builtins, os, signal
+count = 0
+def tick():
+    global count
+    count += 1
+    if count == {n}:
+        os.kill(os.getpid(), signal.SIGKILL)
+def before(function):
+    def patched(*args, **kwargs):
+        tick()
+        return function(*args, **kwargs)
+    return patched
+class File:
+    def __init__(self, file): self.file = file
+    def __enter__(self): return self
+    def __exit__(self, *_): self.file.close()
+    def __getattr__(self, name): return getattr(self.file, name)
+    def write(self, data):
+        half = len(data) // 2
+        self.file.write(data[:half]); self.file.flush()
+        tick()
+        return half + self.file.write(data[half:])
+real_open = builtins.open
+def patched_open(path, mode='r', *args, **kwargs):
+    if str(path).endswith('.tmp') or '.tmp/' in str(path):
+        tick()
+        return File(real_open(path, mode, *args, **kwargs))
+    return real_open(path, mode, *args, **kwargs)
+builtins.open = patched_open
+for name in ('fsync', 'replace', 'unlink', 'rename'):
+    setattr(os, name, before(getattr(os, name)))
+import atexit, sys
+atexit.register(lambda: print('operations:', count))
+"""
+
+
+class Launcher:
+    def __init__(self):
+        env = dict(os.environ, OMP_NUM_THREADS='1', PYTHONDONTWRITEBYTECODE='1')
+        self.server = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+        assert self.server.stdout.readline() == 'ready\n'
+
+    def ask(self, **request):
+        self.server.stdin.write(json.dumps(request) + '\n')
+        self.server.stdin.flush()
+        return json.loads(self.server.stdout.readline())
+
+    def start(self, script, args, cwd, ranks=0, prelude='', env=None, files_limit=0):
+        """Start a run; ranks 0 = as plain `python script`, else that many processes as torchrun would start them."""
+        run = Run(self, Path(cwd))
+        with socket.socket() as s:
+            s.bind(('127.0.0.1', 0))
+            port = s.getsockname()[1]
+        for rank in range(max(1, ranks)):
+            rank_env = dict(env or {})
+            if ranks:
+                rank_env.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+            out = Path(cwd) / f'.stdout{rank}'
+            run.outs.append(out)
+            run.pids.append(self.ask(script=str(ROOT / script), argv=[str(a) for a in args], cwd=str(cwd), env=rank_env, out=str(out),
+                                     prelude=prelude, files_limit=files_limit))
+        return run
+
+    def run(self, *args, timeout=60, **kwargs):
+        run = self.start(*args, **kwargs)
+        run.wait(timeout)
+        return run
+
+    def close(self):
+        self.server.stdin.close()
+        self.server.wait(10)
+
+
+class Run:
+    def __init__(self, launcher, cwd):
+        self.launcher, self.cwd, self.pids, self.outs, self.codes = launcher, cwd, [], [], None
+
+    def kill(self, number, rank=None):
+        for pid in self.pids if rank is None else [self.pids[rank]]:
+            os.kill(pid, number)
+
+    def wait(self, timeout=60):
+        """Exit codes of all ranks; kills what is left after `timeout` seconds and fails."""
+        deadline = time.time() + timeout
+        self.codes = [self.launcher.ask(wait=pid, timeout=max(0.1, deadline - time.time())) for pid in self.pids]
+        if None in self.codes:
+            stuck = [i for i, code in enumerate(self.codes) if code is None]
+            for i in stuck:
+                os.kill(self.pids[i], signal.SIGKILL)
+                self.launcher.ask(wait=self.pids[i], timeout=10)
+            raise AssertionError(f'ranks {stuck} still ran after {timeout} s\n{self.out}\n{self.err}')
+        return self.codes
+
+    def wait_for(self, text, timeout=60):
+        """Until rank 0 printed `text`."""
+        deadline = time.time() + timeout
+        while text not in self.out:
+            assert time.time() < deadline, f'{text!r} was not printed\n{self.out}\n{self.err}'
+            time.sleep(0.005)
+
+    @property
+    def code(self):
+        return self.codes[0]
+
+    @property
+    def out(self):
+        return self.outs[0].read_text() if self.outs[0].exists() else ''
+
+    @property
+    def err(self):
+        return Path(str(self.outs[0]) + '.err').read_text()
+
+    def ok(self):
+        assert set(self.codes) == {0}, f'exit codes {self.codes}\n{self.out}\n{self.err}'
+        return self
+
+    def one_line(self, code=2):
+        """Every rank ended with `code`; rank 0 said why in one line, without a traceback."""
+        assert set(self.codes) == {code}, f'exit codes {self.codes}\n{self.out}\n{self.err}'
+        assert len(self.err.strip().splitlines()) == 1, self.err
+        return self.err
+
+
+def until_done(launcher, rng, kills, longest, *args, **kwargs):
+    """Start, SIGKILL after a random time, start again, `kills` times; then let it end. Returns the last run."""
+    for _ in range(kills):
+        run = launcher.start(*args, **kwargs)
+        time.sleep(rng.uniform(0, longest))
+        run.kill(signal.SIGKILL)
+        assert set(run.wait()) <= {0, -9}, f'{run.codes}\n{run.out}\n{run.err}'
+    return launcher.run(*args, **kwargs).ok()
+
+
+def load(path):
+    import torch
+    return torch.load(path, weights_only=True, map_location='cpu')
+
+
+def differences(a, b, ignore=(), where=''):
+    """Paths of everything in which two nested checkpoints differ; tensors by torch.equal."""
+    import torch
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return [] if torch.equal(a, b) and a.dtype == b.dtype else [where]
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = (a.keys() | b.keys()) - set(ignore)
+        return [d for k in sorted(keys, key=str) for d in ([f'{where}.{k}'] if k not in a or k not in b else differences(a[k], b[k], ignore, f'{where}.{k}'))]
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
+        return [d for i, pair in enumerate(zip(a, b, strict=True)) for d in differences(*pair, ignore, f'{where}[{i}]')]
+    return [] if a == b and type(a) is type(b) else [f'{where} ({a!r} / {b!r})']
+
+
+# What may differ between a run in one piece and one in many: times, the length of a log with other times, how it was launched.
+VOLATILE = ('seconds', 'log_bytes', 'given', 'config')
+
+
+def clean_log(path):
+    """log.txt without the start block (lines that begin with #) and without the timing columns."""
+    lines = [line for line in Path(path).read_text().splitlines() if not line.startswith('# ')]
+    return [re.sub(r' \| (dt|tok/s|mfu|eta|samples/s) [^|]*?(?= \||$)', '', line) for line in lines]
+
+
+def write_shard(path, tokens):
+    """llm.c's .bin: 256 int32 of header, then uint16 tokens."""
+    import numpy as np
+    header = np.zeros(256, '<i4')
+    header[:3] = 20240520, 1, len(tokens)
+    Path(path).write_bytes(header.tobytes() + np.asarray(tokens).astype('<u2').tobytes())
+
+
+def make_text_data(folder, tokens=2000, vocab_size=257, train_shards=2, seed=0):
+    """A folder of byte-token shards with something to learn in them."""
+    import numpy as np
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True)
+    for i in range(train_shards + 1):
+        text = rng.choice([3, 5, 7, 250], size=tokens + 37 * i, p=[0.5, 0.3, 0.1, 0.1])
+        write_shard(folder / f'x_{"train" if i else "val"}_{i:06d}.bin', text)
+    (folder / 'manifest.json').write_text(json.dumps(dict(tokenizer='bytes', vocab_size=vocab_size, eot=vocab_size - 1)))
+    return folder
+
+
+def serve():
+    import concurrent.futures  # noqa: F401  what a run would import first, imported once
+    import unittest.mock  # noqa: F401
+
+    import numpy  # noqa: F401
+    import tiktoken  # noqa: F401
+    import torch  # noqa: F401
+    import torch._dynamo  # noqa: F401  the first optimizer imports it
+    import torch.nn.parallel  # noqa: F401
+    random.seed()
+    print('ready', flush=True)
+    while request := sys.stdin.readline():
+        request = json.loads(request)
+        if 'wait' in request:
+            deadline, code = time.time() + request['timeout'], None
+            while code is None:
+                pid, status = os.waitpid(request['wait'], os.WNOHANG)
+                code = os.waitstatus_to_exitcode(status) if pid else None
+                if code is None and time.time() > deadline:
+                    break
+                time.sleep(0 if code is not None else 0.002)
+            print(json.dumps(code), flush=True)
+            continue
+        sys.stdout.flush()
+        pid = os.fork()
+        if pid:
+            print(json.dumps(pid), flush=True)
+            continue
+        for descriptor, path in ((0, os.devnull), (1, request['out']), (2, request['out'] + '.err')):
+            opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+            os.dup2(opened, descriptor)
+            os.close(opened)
+        os.chdir(request['cwd'])
+        os.environ.update(request['env'])
+        sys.argv = [request['script'], *request['argv']]
+        sys.path[0] = os.path.dirname(request['script'])
+        if request['files_limit']:
+            import resource
+            resource.setrlimit(resource.RLIMIT_FSIZE, (request['files_limit'],) * 2)
+        exec(compile(request['prelude'], 'prelude', 'exec'), {})
+        runpy.run_path(request['script'], run_name='__main__')
+        sys.exit(0)
+
+
+if __name__ == '__main__':
+    serve()
