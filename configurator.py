@@ -79,6 +79,11 @@ class Config(dict):
                 self.assign(name, _checked(value, *self.settings[name], f'{where}: {name}'))
                 self.given.add(name)
 
+    def changes(self, stored):
+        """[(name, old, new)] of the settings that differ from a stored run's; its folder may have moved."""
+        return [(name, stored[name], value) for name, value in self.items()
+                if name in stored and stored[name] != value and name not in (*LAUNCH, 'log_dir')]
+
     def typed(self):
         """The typed settings as a plain dict, for `restore`."""
         return {name: self[name] for name in self if name in self.given and name not in LAUNCH}

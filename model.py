@@ -1,12 +1,15 @@
-"""GPT-2 in plain PyTorch (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"), and its tokenizers.
+"""GPT-2 in plain PyTorch (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"), its tokenizers and token files.
 
 Parameter names are those of the published checkpoints; weights of linear layers are (out, in), the transpose of the
 published Conv1D ones. The head is the token embedding (tied), so it has no entry of its own in the state dict.
 """
+import json
 import math
 import os
+import zipfile
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -83,12 +86,13 @@ class HeadLoss(torch.autograd.Function):
     x (N, C), weight (V, C), targets (N,) -> scalar. The logits (N, V) never exist at once: a slice of rows at a time gives
     its loss and, in the same pass, its share of both gradients, because d loss / d logits = softmax - onehot needs
     nothing from upstream but a factor. At V = 50304 the logits of a micro-batch would be by far the largest tensor."""
+    slice_elements = 2 ** 24  # of the logits that exist at once: 64 MB of float32
 
     @staticmethod
     def forward(ctx, x, weight, targets, need_gradients):
         total = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
         dx, dweight = (torch.empty_like(x), torch.zeros_like(weight)) if need_gradients else (None, None)
-        rows = max(1, 2 ** 24 // weight.size(0))  # 64 MB of float32 logits
+        rows = max(1, HeadLoss.slice_elements // weight.size(0))
         for x_part, dx_part, t in zip(x.split(rows), (dx if need_gradients else x).split(rows), targets.split(rows), strict=True):
             logits = F.linear(x_part, weight)
             logits = logits.to(total.dtype)  # (n, V); a sum over 50,000 exponentials wants float32
@@ -221,3 +225,88 @@ def load_tokenizer(name, download=False):
         return tiktoken.get_encoding('gpt2')
     finally:
         tiktoken.load.read_file = read_file
+
+
+# What a manifest.json may say; a folder without one holds GPT-2's ids.
+TOKENIZERS = {'gpt2': dict(tokenizer='gpt2', vocab_size=50257, eot=50256), 'bytes': dict(tokenizer='bytes', vocab_size=257, eot=256)}
+
+
+def open_shard(path):
+    """The tokens (n,) uint16 of one file, mapped, not read: llm.c's .bin (256 int32: 20240520, 1, n; then n uint16) or a
+    .npy array. ValueError says what is wrong with it."""
+    if path.endswith('.npy'):
+        tokens = np.load(path, mmap_mode='r', allow_pickle=False)
+        if tokens.dtype != np.uint16 or tokens.ndim != 1:
+            raise ValueError(f'holds {tokens.dtype} of shape {tokens.shape}, expected one row of uint16')
+        return tokens
+    header, size = np.fromfile(path, '<i4', 256), os.path.getsize(path)
+    if len(header) < 256 or header[0] != 20240520 or header[1] != 1:
+        raise ValueError('does not start with the 1024-byte header 20240520, 1, number of tokens')
+    if size != 1024 + 2 * int(header[2]):
+        raise ValueError(f'is {size} bytes long, but its header says {header[2]} tokens = {1024 + 2 * int(header[2])} bytes')
+    return np.memmap(path, '<u2', 'r', offset=1024) if header[2] else np.zeros(0, np.uint16)
+
+
+def open_shards(folder, T):
+    """(training shards {name: tokens}, validation shards {name: tokens}, tokenizer) of a folder that prepare/ wrote.
+
+    Validation shards have `val` in their name, else it is the first. All ids are checked: an id beyond the vocabulary would
+    otherwise end a run hours later. T: tokens per row; a shard holds one at least. ValueError names the file and the place."""
+    if not os.path.isdir(folder):
+        raise ValueError(f'{folder} is no folder')
+    names = sorted(name for name in os.listdir(folder) if name.endswith(('.bin', '.npy')))
+    val_names = [name for name in names if 'val' in name] or names[:1]
+    if len(names) == len(val_names):
+        raise ValueError(f'{folder} needs a validation and a training shard (.bin or .npy), it holds {names}')
+    name, tokenizer, shards = 'manifest.json', TOKENIZERS['gpt2'], {}
+    try:
+        if os.path.exists(os.path.join(folder, name)):
+            with open(os.path.join(folder, name), encoding='utf-8') as file:
+                manifest = json.load(file)
+            tokenizer = {key: manifest.get(key) for key in tokenizer}
+            if tokenizer not in TOKENIZERS.values():
+                raise ValueError(f'{tokenizer} is none of the known tokenizers')
+        for name in names:
+            shards[name] = tokens = open_shard(os.path.join(folder, name))
+            if len(tokens) <= T:
+                raise ValueError(f'holds {len(tokens)} tokens, fewer than one row of {T} + 1')
+            for i in range(0, len(tokens), 2 ** 24):
+                outside = np.flatnonzero(tokens[i:i + 2 ** 24] >= tokenizer['vocab_size'])
+                if len(outside):
+                    raise ValueError(f'token {i + outside[0]} is {tokens[i + outside[0]]}, outside the vocabulary of {tokenizer["vocab_size"]}')
+    except (OSError, ValueError, EOFError, AttributeError, RecursionError) as error:
+        raise ValueError(f'{os.path.join(folder, name)}: {error}') from error
+    return {n: s for n, s in shards.items() if n not in val_names}, {n: shards[n] for n in val_names}, tokenizer
+
+
+def shard_rows(shards, T, rows):
+    """Rows (n, T + 1) int64 by number: row r of a shard is its tokens[r*T : r*T + T + 1], the rows of all shards are one list."""
+    tokens = list(shards.values())
+    first = np.cumsum([0] + [(len(t) - 1) // T for t in tokens])
+    picked = [tokens[s][(r - first[s]) * T:(r - first[s] + 1) * T + 1] for r, s in zip(rows, np.searchsorted(first, rows, 'right') - 1, strict=True)]
+    return torch.from_numpy(np.stack(picked).astype(np.int64))
+
+
+def read_whole(path):
+    """Content of a file of torch.save or of a .json, as plain values and CPU tensors. Nothing in the file is executed, a damaged
+    or hostile one is a ValueError: torch.load itself overlooks a flipped bit and tensors that claim more than they bring."""
+    try:
+        if path.endswith('.json'):
+            with open(path, encoding='utf-8') as file:
+                return json.load(file)
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()  # the first member whose CRC is wrong
+        if broken:
+            raise ValueError(f'{broken} in it is damaged')
+        content = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+        pending = [content]
+        while pending:
+            value = pending.pop()
+            pending += value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else []
+            if torch.is_tensor(value) and value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                raise ValueError('a tensor in it claims more numbers than it brings')
+        return content
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a hostile file can provoke any of them
+        raise ValueError(f'{type(error).__name__}: {" ".join(str(error).split())[:200]}') from error

@@ -25,7 +25,6 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import lru_cache
@@ -35,8 +34,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from configurator import LAUNCH, configure, fail, master, print0
-from model import GPT, GPT_SIZES, GPTConfig, load_tokenizer
+from configurator import configure, fail, master, print0
+from model import GPT, GPT_SIZES, GPTConfig, load_tokenizer, open_shards, read_whole, shard_rows
 
 # ---- settings ------------------------------------------------------------------------------------------------------
 # i/o
@@ -62,15 +61,15 @@ n_embd = 768                     # width
 dropout = 0.0                    # probability; 0 = off, right for pretraining
 # optimization
 max_lr = 6e-4                    # peak learning rate
-min_lr = -1.0                    # final learning rate; -1 = max_lr / 10
-warmup_steps = 2000              # steps of linear warmup
-max_steps = 40000                # optimizer steps in all
+min_lr = -1.0                    # final learning rate, 0 = nothing; -1 = max_lr / 10
+warmup_steps = 2000              # steps of linear warmup; 0 = none
+max_steps = 40000                # optimizer steps in all; 0 = only the evaluation of the start
 decay_lr = True                  # False = constant after the warmup
 lr_scheduler = 'cosine'          # cosine | cosine_with_restarts | constant
-lr_restarts = 3                  # restarts of cosine_with_restarts: 3 = four equal cycles
-weight_decay = 0.1               # on matrices and embeddings; none on biases and norms
-beta1 = 0.9                      # AdamW
-beta2 = 0.95                     # AdamW
+lr_restarts = 3                  # restarts of cosine_with_restarts, 3 = four equal cycles; 0 = none
+weight_decay = 0.1               # on matrices and embeddings, not on biases and norms; 0 = none
+beta1 = 0.9                      # AdamW; 0 = off
+beta2 = 0.95                     # AdamW; 0 = off
 grad_clip = 1.0                  # largest gradient norm; 0 = no clipping
 # evaluation
 eval_interval = 250              # steps between evaluations; -1 = only at the end
@@ -101,7 +100,7 @@ device = ''                      # cpu, cuda, cuda:1, mps; '' = cuda, then mps, 
 dtype = 'float32'                # float32 | bfloat16 | float16; the last two by autocast, weights stay float32
 compile = False                  # torch.compile; DISABLE_COMPILE=1 in the environment switches it off
 deterministic = False            # deterministic kernels on the GPU (the CPU's are)
-seed = 1337                      # of weights, data order, dropout and samples
+seed = 1337                      # of weights, data order, dropout and samples; 0 = a seed like any other
 
 # ---- command line --------------------------------------------------------------------------------------------------
 config = configure(globals(), aliases={'lr': 'max_lr', 'learning_rate': 'max_lr', 'max_grad_norm': 'grad_clip', 'save_steps': 'checkpoint_interval'})
@@ -114,8 +113,7 @@ lenient = False                          # True: a typed checkpoint that cannot 
 def checkpoint_path_of(step):
     return os.path.join(run_dir, 'model_best.pt' if step == 'best' else f'model_{step:05d}.pt')
 
-def checkpoint_of(files):
-    """The checkpoint, one dict, out of its files {name: content}; a single file has the name ''."""
+def checkpoint_of(files):  # {file name: content} -> one dict; a single file has the name ''
     return files['']
 
 # ---- stored run (=) ------------------------------------------------------------------------------------------------
@@ -126,66 +124,48 @@ def steps_on_disk(suffix=''):
     steps = {int(digits) for name in names for digits in re.findall('[0-9]{1,18}', name)}
     return sorted(s for s in steps if os.path.basename(checkpoint_path_of(s)) + suffix in names)
 
-def read_file(path):
-    """Content of one file of a checkpoint. Nothing in it is executed."""
-    if path.endswith('.json'):
-        with open(path, encoding='utf-8') as file:
-            return json.load(file)
-    with zipfile.ZipFile(path) as archive:
-        broken = archive.testzip()  # torch.load itself does not notice a flipped bit
-    if broken:
-        raise ValueError(f'{broken} in it is damaged')
-    return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-
-def read_checkpoint(path):
-    """(checkpoint, '') or (None, what is wrong). A file of weights alone comes back as {'model': weights}."""
-    try:
-        names = os.listdir(path) if os.path.isdir(path) else ['']
-        found = checkpoint_of({name: read_file(os.path.join(path, name) if name else path) for name in names})
-        found = found if 'model' in found else {'model': found}
-        for name, tensor in found['model'].items():
-            if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-                raise ValueError(f'{name} claims more numbers than it brings')
-        if 'step' in found and not (type(found['step']) is int and found['step'] >= 0 and type(found['ranks']) is list
-                                    and type(found['config']) is type(found['given']) is dict):
-            raise ValueError('its entries are not those of a checkpoint')
-        return found, ''
-    except Exception as error:  # a hostile file can provoke any: whichever it is, the file is at fault and is named
-        return None, f'cannot be read as a checkpoint ({type(error).__name__}: {" ".join(str(error).split())[:200]})'
-
 def nearby(path):
     """What exists beside a missing path: the same name, at any step, in the same folder or a sibling of it."""
     folder, name = os.path.split(os.path.normpath(path))
     found = glob.glob(os.path.join(glob.escape(os.path.dirname(folder)), '*', re.sub('[0-9]+', '*', glob.escape(name))))
     return ('; there is ' + ', '.join(sorted(found)[-3:])) if found else ''
 
+def read_checkpoint(path):
+    """(checkpoint, '') or (None, what is wrong). A file of weights alone comes back as {'model': weights}."""
+    try:
+        names = os.listdir(path) if os.path.isdir(path) else ['']
+        found = checkpoint_of({name: read_whole(os.path.join(path, name) if name else path) for name in names})
+        found = found if 'model' in found else {'model': found}
+        if 'step' in found and not (type(found['step']) is int and found['step'] >= 0 and type(found['ranks']) is list
+                                    and type(found['config']) is type(found['given']) is dict):
+            raise ValueError('its entries are not those of a checkpoint')
+        return found, ''
+    except FileNotFoundError:
+        return None, 'does not exist' + nearby(path)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        return None, f'cannot be read as a checkpoint ({error})'
+
 checkpoint, checkpoint_file, damaged = None, '', set()
-if checkpoint_path and not (resume or auto_resume or read_only):
+reading = resume or auto_resume or read_only
+if checkpoint_path and not reading:
     fail(f'--checkpoint_path={checkpoint_path} does nothing by itself: add --resume to continue from it')
-if checkpoint_path:
-    exists = os.path.exists(checkpoint_path)
-    checkpoint, problem = read_checkpoint(checkpoint_path) if exists else (None, 'does not exist' + nearby(checkpoint_path))
-    if problem and not lenient:
-        fail(f'{checkpoint_path} {problem}')
-    elif problem:
-        print0(f'WARNING: {checkpoint_path} {problem}')
-    elif not run_dir_typed and 'step' in checkpoint:
-        run_dir = os.path.dirname(os.path.normpath(checkpoint_path))
-    checkpoint_file = checkpoint_path if checkpoint else ''
-elif resume or auto_resume or read_only:
-    for s in reversed(steps_on_disk()):
-        checkpoint, problem = read_checkpoint(checkpoint_path_of(s))
-        if checkpoint and 'step' not in checkpoint and not read_only:
-            checkpoint, problem = None, 'holds weights only'
-        if checkpoint:
-            checkpoint_file = checkpoint_path_of(s)
-            break
-        damaged.add(s)
-        print0(f'WARNING: {checkpoint_path_of(s)} {problem}; it is kept, trying the one before')
+for path in [checkpoint_path] if checkpoint_path else [checkpoint_path_of(s) for s in reversed(steps_on_disk())] if reading else []:
+    checkpoint, problem = read_checkpoint(path)
+    if checkpoint and 'step' not in checkpoint and not checkpoint_path and not read_only:
+        checkpoint, problem = None, 'holds weights only'
+    if checkpoint:
+        checkpoint_file = path
+        break
+    if checkpoint_path and not lenient:
+        fail(f'{path} {problem}')
+    damaged.add(path)
+    print0(f'WARNING: {path} {problem}; it is left as it is')
 resumed = checkpoint is not None and 'step' in checkpoint and not read_only
 if read_only and not checkpoint:
-    fail(f'no readable checkpoint in {run_dir}: name one with --checkpoint_path' + nearby(checkpoint_path_of(0)))
-if not (resumed or read_only or auto_resume or resume and not checkpoint_path) and steps_on_disk():
+    fail(f'no readable checkpoint in {run_dir}: name one with --checkpoint_path{nearby(checkpoint_path_of(0))}')
+if resumed and checkpoint_path and not run_dir_typed:
+    run_dir = os.path.dirname(os.path.normpath(checkpoint_path))
+elif not (resumed or read_only or auto_resume or resume and not checkpoint_path) and steps_on_disk():
     fail(f'{run_dir} already holds a run ({os.path.basename(checkpoint_path_of(steps_on_disk()[-1]))}): add --auto_resume to continue it, '
          'or choose another folder for a new one')
 if checkpoint and 'step' in checkpoint:
@@ -207,12 +187,9 @@ save_every, keep, permanent = checkpoint_interval, keep_last_n_checkpoints, perm
 peak_lr, floor_lr, warmup, clip = max_lr, min_lr if min_lr >= 0 else max_lr / 10, warmup_steps, grad_clip
 schedule, cycles = lr_scheduler if decay_lr else 'constant', lr_restarts + 1
 shape = ('block_size', 'n_layer', 'n_head', 'n_embd')  # settings that a resumed model cannot change
-positive = ('batch_size', 'total_batch_size', 'block_size', 'n_layer', 'n_head', 'n_embd', 'log_interval', 'num_samples', 'max_new_tokens',
-            'min_seq_length', 'top_p')
-for name in (*positive, 'max_steps', 'warmup_steps', 'grad_accumulation_steps', 'num_workers', 'lr_restarts', 'seed', 'val_tokens', 'top_k',
-             'keep_last_n_checkpoints', 'max_lr', 'weight_decay', 'grad_clip', 'temperature', 'dropout', 'beta1', 'beta2'):
-    if config[name] < 0 or name in positive and config[name] == 0 or name in ('dropout', 'beta1', 'beta2') and config[name] >= 1:
-        fail(f'{name}={config[name]} is out of range')
+rank_state, load_rank_state = dict, id  # what each rank alone knows beside its generators: nothing here
+if max(dropout, beta1, beta2) >= 1:
+    fail('dropout, beta1 and beta2 must be less than 1')
 if n_embd % n_head:
     fail(f'n_embd {n_embd} is not a multiple of n_head {n_head}')
 
@@ -310,61 +287,14 @@ if total_batch_size % micro_total and not read_only:
 accumulation = total_batch_size // micro_total  # micro-steps per step
 rows_per_step = total_batch_size // T
 
-def open_shard(path):
-    """The tokens (n,) uint16 of a shard, mapped, not read: llm.c's .bin or a .npy array. ValueError if it is neither."""
-    if path.endswith('.npy'):
-        tokens = np.load(path, mmap_mode='r', allow_pickle=False)
-        if tokens.dtype != np.uint16 or tokens.ndim != 1:
-            raise ValueError(f'holds {tokens.dtype} of shape {tokens.shape}, expected one row of uint16')
-    else:
-        header = np.fromfile(path, '<i4', 256)
-        if len(header) < 256 or header[0] != 20240520 or header[1] != 1:
-            raise ValueError('does not start with the 1024-byte header 20240520, 1, number of tokens')
-        if os.path.getsize(path) != 1024 + 2 * int(header[2]):
-            raise ValueError(f'is {os.path.getsize(path)} bytes long, its header says {header[2]} tokens = {1024 + 2 * int(header[2])} bytes')
-        tokens = np.memmap(path, '<u2', 'r', offset=1024) if header[2] else []
-    if len(tokens) <= T:
-        raise ValueError(f'holds {len(tokens)} tokens, fewer than one row of {T} + 1')
-    return tokens
-
-def open_data():
-    """(training shards {name: tokens}, validation shards, tokenizer) of data_root. All ids are checked, before the first step."""
-    try:
-        names = sorted(name for name in os.listdir(data_root) if name.endswith(('.bin', '.npy')))
-    except OSError as error:
-        fail(f'data_root {data_root}: {error.strerror}. Make it with `python prepare/fineweb.py`, or for a first try without a download: '
-             '`python prepare/pydocs.py`, then --model=tiny --data_root=data/pydocs')
-    val_names = [name for name in names if 'val' in name] or names[:1]
-    if len(names) <= len(val_names):
-        fail(f'data_root {data_root} needs a validation and a training shard (.bin or .npy), it holds {names}')
-    name, tokenizer, shards = 'manifest.json', dict(tokenizer='gpt2', vocab_size=50257, eot=50256), {}
-    try:
-        if os.path.exists(os.path.join(data_root, name)):
-            with open(os.path.join(data_root, name), encoding='utf-8') as file:
-                manifest = json.load(file)
-            tokenizer = {key: manifest[key] for key in tokenizer}
-            if tokenizer not in (dict(tokenizer='bytes', vocab_size=257, eot=256), dict(tokenizer='gpt2', vocab_size=50257, eot=50256)):
-                raise ValueError(f'{tokenizer} is no tokenizer known here')
-        for name in names:
-            shards[name] = open_shard(os.path.join(data_root, name))
-            for i in range(0, len(shards[name]), 2 ** 24):
-                outside = np.flatnonzero(shards[name][i:i + 2 ** 24] >= tokenizer['vocab_size'])
-                if len(outside):
-                    raise ValueError(f'token {i + outside[0]} is {shards[name][i + outside[0]]}, outside the vocabulary of {tokenizer["vocab_size"]}')
-    except (OSError, ValueError, EOFError, KeyError, TypeError, RecursionError) as error:
-        fail(f'{os.path.join(data_root, name)}: {"no entry " if isinstance(error, KeyError) else ""}{error}')
-    return {n: s for n, s in shards.items() if n not in val_names}, {n: shards[n] for n in val_names}, tokenizer
-
-def rows_of(shards, rows):
-    """Rows (n, T+1) int64 of shards {name: tokens}, by row number."""
-    first = np.cumsum([0] + [(len(tokens) - 1) // T for tokens in shards.values()])
-    tokens, shard_of = list(shards.values()), np.searchsorted(first, rows, 'right') - 1
-    return torch.from_numpy(np.stack([tokens[s][(r - first[s]) * T:(r - first[s] + 1) * T + 1] for r, s in zip(rows, shard_of, strict=True)]).astype(np.int64))
-
 if generate:
     train_shards, val_shards, tokenizer = {}, {}, checkpoint.get('tokenizer', dict(tokenizer='gpt2', vocab_size=50257, eot=50256))
 else:
-    train_shards, val_shards, tokenizer = open_data()
+    try:
+        train_shards, val_shards, tokenizer = open_shards(data_root, T)
+    except ValueError as error:
+        fail(f'{error}; to make data: `python prepare/fineweb.py`, or without a download `python prepare/pydocs.py`, then '
+             '--model=tiny --data_root=data/pydocs')
 train_rows, val_rows = (sum((len(tokens) - 1) // T for tokens in shards.values()) for shards in (train_shards, val_shards))
 val_rows = min(val_rows, max(1, val_tokens // T)) if val_tokens else val_rows
 first_step, first_row = 0, 0  # the row where a step begins; only a resume with another total_batch_size moves them
@@ -381,7 +311,7 @@ def loader_state(step):
 def batch(step, micro_step):
     """(inputs, targets), each (batch_size * T // length, length) int64: what this rank sees in this micro-step."""
     begin = first_row + (step - first_step) * rows_per_step + (micro_step * world_size + rank) * batch_size
-    tokens = rows_of(train_shards, [permutation(row // train_rows)[row % train_rows] for row in range(begin, begin + batch_size)])
+    tokens = shard_rows(train_shards, T, [permutation(row // train_rows)[row % train_rows] for row in range(begin, begin + batch_size)])
     length = lengths[np.random.default_rng([seed, step, 1]).integers(len(lengths))]
     x, y = tokens[:, :-1].reshape(-1, length), tokens[:, 1:].reshape(-1, length)
     return (x.pin_memory(), y.pin_memory()) if device_type == 'cuda' else (x, y)
@@ -395,6 +325,11 @@ def next_batch(step, micro_step):
         if i not in prefetched:
             prefetched[i] = prefetcher.submit(batch, *divmod(i, accumulation))
     return [tensor.to(device, non_blocking=True) for tensor in prefetched.pop(now).result()]
+
+try:
+    encoding = load_tokenizer(tokenizer['tokenizer'])
+except OSError as error:
+    encoding = fail(error) if generate else print0(f'no samples: {error}')
 
 # ---- model ---------------------------------------------------------------------------------------------------------
 if 0 < vocab_size < tokenizer['vocab_size']:
@@ -421,7 +356,7 @@ def load_weights(checkpoint):
 def load_training(checkpoint):
     """Everything else that state_files stored; ValueError if it does not belong to this data."""
     global first_step, first_row
-    optimizer.load_state_dict(checkpoint['optimizer'])
+    optimizer.load_state_dict(dict(optimizer.state_dict(), state=checkpoint['optimizer']['state']))  # the present lr, decay, betas stay
     scaler.load_state_dict(checkpoint['scaler'])
     there, here = checkpoint['train_loader_state'], loader_state(0)
     for name in ('row_length', 'shards'):
@@ -429,13 +364,6 @@ def load_training(checkpoint):
             raise ValueError(f'the data in {data_root} changed since, its {name} was {str(there[name])[:200]}: '
                              'resume with that data, or begin a new run in another folder')
     first_step, first_row = checkpoint['step'], there['epoch'] * train_rows + there['row']
-
-def rank_state():
-    """What this rank alone knows beside its generators, and its counterpart; None for a rank that the stored run lacked."""
-    return {}
-
-def load_rank_state(state):
-    pass
 
 # ---- checkpoint (=) ------------------------------------------------------------------------------------------------
 # step: completed optimizer steps. progress: plain numbers that a resume continues. snapshot: what a checkpoint of this step
@@ -497,7 +425,7 @@ def rotate():
     """Delete what is no longer wanted, once what replaces it is on the disk. Damaged files neither count nor go."""
     for s in steps_on_disk('.tmp'):
         remove(checkpoint_path_of(s) + '.tmp')  # of a save that was killed
-    steps = [s for s in steps_on_disk() if s not in damaged]
+    steps = [s for s in steps_on_disk() if checkpoint_path_of(s) not in damaged]
     newest = 1 if keep == 1 and steps and read_checkpoint(checkpoint_path_of(steps[-1]))[0] else max(keep, 2)
     for s in steps[:-newest] if keep else []:
         if s not in permanent:
@@ -514,7 +442,7 @@ def save(path):
         try:
             os.fsync(log_descriptor)
             write_whole(path, files)
-            damaged.discard(snapshot['step'])
+            damaged.discard(path)
             rotate()
             size = sum(os.path.getsize(os.path.join(path, name) if name else path) for name in files)
             print0(f'saved {path} ({size / 1e6:,.1f} MB)')
@@ -544,11 +472,8 @@ def poll():
 
 # ---- resume (=) ----------------------------------------------------------------------------------------------------
 start_step, top_done, in_place, problem = 0, False, False, ''
-hyperparameters = [[{k: v for k, v in group.items() if k != 'params'} for group in o.param_groups] for o in optimizers]
 if resumed:
-    changed = {name: (checkpoint['config'][name], value) for name, value in config.items()
-               if name not in LAUNCH and name != 'log_dir' and checkpoint['config'].get(name, value) != value}
-    for name, (old, new) in changed.items():
+    for name, old, new in config.changes(checkpoint['config']):
         if name in shape:
             fail(f'{name} cannot change on resume: {old} -> {new} ({checkpoint_file})')
         print0(f'changed since the checkpoint: {name} {old!r} -> {new!r}')
@@ -572,9 +497,6 @@ try:
         seed_rank(0)
 except (ValueError, RuntimeError, TypeError, KeyError, IndexError, AttributeError) as error:  # what a file that does not fit provokes
     fail(f'{checkpoint_file} does not fit: {"no entry " if isinstance(error, KeyError) else ""}{str(error)[:400]}')
-for o, groups in zip(optimizers, hyperparameters, strict=True):
-    for group, present in zip(o.param_groups, groups, strict=True):
-        group.update(present)  # the present settings, not the stored ones
 if start_step > max_steps:
     fail(f'{checkpoint_file} is at step {start_step}, beyond max_steps {max_steps}')
 if len(set(everyone(start_step))) > 1:
@@ -608,11 +530,9 @@ if master and not read_only:
 agree(problem)
 wandb_run = None
 if wandb_log and master and not read_only:
-    try:
-        import wandb
-    except ImportError:
-        fail('--wandb_log needs the package wandb: pip install wandb')
-    wandb_run = wandb.init(project=wandb_project, name=run_name or None, config=dict(config), id=progress['wandb_id'] or None, resume='allow', dir=run_dir)
+    import wandb
+    wandb_run = wandb.init(project=wandb_project, name=run_name or None, config=dict(config), dir=run_dir,
+                           id=progress['wandb_id'] or None, resume='allow')
     progress['wandb_id'] = wandb_run.id
 
 # ---- compile and wrap (=) ------------------------------------------------------------------------------------------
@@ -620,7 +540,8 @@ if compile:
     raw_model.compile()  # in place: the names in the state dict stay as they are, and raw_model.forward stays eager
 net = raw_model
 if ddp and not read_only:
-    net = DistributedDataParallel(raw_model, device_ids=[local_rank] if device_type == 'cuda' else None, gradient_as_bucket_view=True, broadcast_buffers=False)
+    net = DistributedDataParallel(raw_model, device_ids=[local_rank] if device_type == 'cuda' else None,
+                                  gradient_as_bucket_view=True, broadcast_buffers=False)
 
 # ---- learning rate (=) ---------------------------------------------------------------------------------------------
 def get_lr(step):
@@ -643,7 +564,7 @@ def evaluate():
     for begin in range(rank * batch_size, val_rows + rank * batch_size, batch_size * world_size):  # as many on every rank
         poll()
         rows = np.arange(begin, begin + batch_size)  # always a full batch, one shape for torch.compile: what is too much counts nothing
-        tokens = rows_of(val_shards, np.minimum(rows, val_rows - 1))
+        tokens = shard_rows(val_shards, T, np.minimum(rows, val_rows - 1))
         tokens[rows >= val_rows, 1:] = -1
         tokens = tokens.to(device)
         with autocast:
@@ -653,7 +574,7 @@ def evaluate():
 
 def sample(text, seed):
     """num_samples continuations of `text`, a list of strings. Every rank draws the same."""
-    encoding, generator, texts = load_tokenizer(tokenizer['tokenizer']), torch.Generator(device).manual_seed(seed), []
+    generator, texts = torch.Generator(device).manual_seed(seed), []
     prompt = torch.tensor([[tokenizer['eot'], *encoding.encode_ordinary(text)]], device=device)
     for _ in range(num_samples):
         poll()
@@ -662,14 +583,6 @@ def sample(text, seed):
         texts.append(encoding.decode([i for i in ids[0].tolist() if i != tokenizer['eot']]))
     return [re.sub(r'[^\n\t -~\xa0-\uffff]', '\ufffd', text) for text in texts]  # no control codes on a terminal
 
-if generate or not read_only and generate_interval > 0:
-    try:
-        load_tokenizer(tokenizer['tokenizer'])
-    except OSError as error:
-        if generate:
-            fail(error)
-        print0(f'no samples: {error}')
-        generate_interval = -1
 if read_only:
     step = checkpoint.get('step', 0)
     if generate:
@@ -690,7 +603,7 @@ log('settings given: ' + ' '.join(f'{name}={value!r}' for name, value in config.
 for line in (
     f'{sum(p.numel() for p in parameters):,} parameters: {n_layer} layers, {n_head} heads, width {n_embd}, {block_size} positions, {padded_vocab} ids',
     f'{total_batch_size:,} tokens per step = {batch_size} rows x {T} x {accumulation} micro-step(s) x {world_size} rank(s)',
-    f'{data_root}: {train_rows * T:,} training tokens, {max_steps * rows_per_step / train_rows:.2f} epochs in {max_steps} steps; {val_rows * T:,} validation tokens',
+    f'{train_rows * T:,} training tokens in {data_root}, {max_steps * rows_per_step / train_rows:.2f} epochs; {val_rows * T:,} validation tokens',
     f'device {device} ({device_name}), dtype {dtype}, compile {compile}, torch {torch.__version__}, commit {commit.stdout.strip() or "unknown"}',
     f'run {run_name or run_dir}: ' + (f'resumed from {checkpoint_file} at step {start_step}' if resumed else
                                       f'weights from {checkpoint_file}' if checkpoint else f'new, random initialisation, seed {seed}'),
@@ -712,7 +625,7 @@ for step in range(start_step, max_steps + 1):
             if progress['val_loss'] < progress['best_val_loss']:
                 progress.update(best_val_loss=progress['val_loss'], best_step=step)
                 save(checkpoint_path_of('best'))
-        if generate_interval > 0 and step > 0 and (step % generate_interval == 0 or last):
+        if encoding and generate_interval > 0 < step and (step % generate_interval == 0 or last):
             for text in sample('', seed + step):
                 log(f'step {step}/{max_steps} | sample\n' + '\n'.join('    ' + line for line in text.splitlines()))
     snapshot = take_snapshot(top_done=True)

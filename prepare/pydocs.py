@@ -10,13 +10,15 @@ token per byte, in shards of 1 MB of which the first is for validation; a few se
 The same Python always gives the same files.
 """
 import hashlib
-import importlib
+import importlib.machinery
+import importlib.util
 import inspect
 import os
 import platform
 import random
 import sys
 import sysconfig
+import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -65,22 +67,36 @@ def sources():
     return texts, not_utf8
 
 
-def docstrings():
-    """What help() knows of the modules that have no .py file, one document per module."""
-    texts = []
-    for module_name in sorted(sys.builtin_module_names):
-        if module_name.lstrip('_').startswith(('test', 'xx', 'readline')):  # CPython's own tests; importing readline writes to the terminal
+def c_modules():
+    """The modules of the standard library that have no .py file. Which of them exist differs between systems."""
+    for module_name in sorted(sys.stdlib_module_names):
+        if module_name.lstrip('_').startswith(('test', 'xx', 'readline')):  # CPython's own tests; readline writes to the terminal
             continue
-        module = importlib.import_module(module_name)
-        lines = [f'{module_name}\n\n{module.__doc__ or ""}']
+        spec = importlib.util.find_spec(module_name)
+        if spec and spec.origin and (spec.origin == 'built-in' or spec.origin.endswith(tuple(importlib.machinery.EXTENSION_SUFFIXES))):
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter('ignore')  # some are about to be removed from Python and say so
+                    module = importlib.import_module(module_name)
+            except ImportError:  # a library of the system that it needs, such as Tk, is not there
+                continue
+            yield module
+
+
+def docstrings():
+    """What help() knows of the C modules, one document per module."""
+    texts = []
+    for module in c_modules():
+        lines = [f'{module.__name__}\n\n{module.__doc__ or ""}']
         for key, value in sorted(vars(module).items()):
+            value = vars(module).get(f'__{key}__', value)  # sys.excepthook may be anybody's, sys.__excepthook__ is the original
             if key.startswith('_') or not (inspect.isbuiltin(value) or inspect.isclass(value)):
                 continue
             members = sorted(vars(value).items()) if inspect.isclass(value) else []
             for path, thing in [(key, value)] + [(f'{key}.{member}', thing) for member, thing in members if not member.startswith('_')]:
                 doc = getattr(thing, '__doc__', None)
                 if isinstance(doc, str):
-                    lines.append(f'{module_name}.{path}{getattr(thing, "__text_signature__", None) or ""}\n\n{doc}')
+                    lines.append(f'{module.__name__}.{path}{getattr(thing, "__text_signature__", None) or ""}\n\n{doc}')
         texts.append('\n\n'.join(lines) + '\n')
     return texts
 

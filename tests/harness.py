@@ -10,6 +10,8 @@ The forking process runs no torch operation (its thread pools would not survive 
 `python harness.py` serves forks over its standard input and output. `prelude` is Python source that a run executes before the
 script: a place to break things (a function that returns NaN, an os.replace that kills).
 """
+import atexit
+import gc
 import json
 import os
 import random
@@ -19,7 +21,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -206,6 +210,23 @@ def make_text_data(folder, tokens=2000, vocab_size=257, train_shards=2, seed=0):
     return folder
 
 
+def serve_run(request):
+    """The script, in the child; ends the process as the interpreter would, but without taking torch apart (half a second)."""
+    code = 0
+    try:
+        exec(compile(request['prelude'], 'prelude', 'exec'), {})
+        runpy.run_path(request['script'], run_name='__main__')
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    threading._shutdown()  # waits for threads; then what atexit holds
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    os._exit(code)
+
+
 def serve():
     import concurrent.futures  # noqa: F401  what a run would import first, imported once
     import unittest.mock  # noqa: F401
@@ -216,6 +237,8 @@ def serve():
     import torch._dynamo  # noqa: F401  the first optimizer imports it
     import torch.nn.parallel  # noqa: F401
     random.seed()
+    gc.collect()
+    gc.freeze()  # no collection in a child touches, and so copies, what all of them share
     print('ready', flush=True)
     while request := sys.stdin.readline():
         request = json.loads(request)
@@ -245,9 +268,7 @@ def serve():
         if request['files_limit']:
             import resource
             resource.setrlimit(resource.RLIMIT_FSIZE, (request['files_limit'],) * 2)
-        exec(compile(request['prelude'], 'prelude', 'exec'), {})
-        runpy.run_path(request['script'], run_name='__main__')
-        sys.exit(0)
+        serve_run(request)
 
 
 if __name__ == '__main__':
