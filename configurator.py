@@ -19,6 +19,7 @@ A user's mistake ends in one line on stderr and exit 2, on every rank, printed b
 """
 import ast
 import difflib
+import glob
 import io
 import os
 import re
@@ -48,6 +49,13 @@ def fail(message, code=2):
     elif 'TORCHELASTIC_RUN_ID' in os.environ:
         time.sleep(3)  # the launcher ends all ranks when the first one exits: let rank 0 speak
     sys.exit(code)
+
+
+def nearby(path):
+    """For a message that `path` is missing: what exists, the same name at any number, in its folder or one beside it."""
+    folder, name = os.path.split(os.path.normpath(path))
+    found = glob.glob(os.path.join(glob.escape(os.path.dirname(folder)), '*', re.sub('[0-9]+', '*', glob.escape(name))))
+    return '; there is ' + ', '.join(sorted(found)[-3:]) if found else ''
 
 
 class Config(dict):

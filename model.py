@@ -6,6 +6,7 @@ published Conv1D ones. The head is the token embedding (tied), so it has no entr
 import json
 import math
 import os
+import shutil
 import zipfile
 from dataclasses import dataclass
 
@@ -22,6 +23,10 @@ GPT_SIZES = {
     'gpt2-large': dict(block_size=1024, n_layer=36, n_head=20, n_embd=1280),  # 774M
     'gpt2-xl': dict(block_size=1024, n_layer=48, n_head=25, n_embd=1600),     # 1558M
 }
+
+# Dense bfloat16 FLOP/s that the makers state, by a part of the device's name: what the share in use (mfu) is measured by.
+PEAK_FLOPS = {'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, '4090': 165e12, '3090': 71e12,
+              'V100': 125e12, 'T4': 65e12}
 
 
 @dataclass
@@ -310,3 +315,48 @@ def read_whole(path):
         raise
     except Exception as error:  # a hostile file can provoke any of them
         raise ValueError(f'{type(error).__name__}: {" ".join(str(error).split())[:200]}') from error
+
+
+def remove(path):
+    """Delete a file or a folder, whole or not at all: a half-deleted folder must not bear the name of a whole one."""
+    if os.path.isdir(path) and not os.path.islink(path):
+        os.replace(path, path + '.gone')
+        shutil.rmtree(path + '.gone')
+    elif os.path.lexists(path):
+        os.unlink(path)
+
+
+def sync(path):
+    """Force a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def write_whole(path, files):
+    """Write {'': content} as the file `path`, or {name: content} as a folder of files: whole or absent, also after a power cut.
+
+    Everything goes to path.tmp, is forced to the disk and then renamed. Content: JSON if the name ends so, else torch.save; a
+    callable is called last with the folder for content that is made of the files before it. OSError or RuntimeError (which
+    torch.save raises) if the disk is full; path.tmp is gone then."""
+    temporary, is_folder = path + '.tmp', '' not in files
+    remove(temporary)
+    try:
+        if is_folder:
+            os.mkdir(temporary)
+        for name, content in files.items():
+            content = content(temporary) if callable(content) else content
+            with open(os.path.join(temporary, name) if name else temporary, 'wb') as file:
+                file.write(json.dumps(content, indent=1).encode()) if name.endswith('.json') else torch.save(content, file)
+            sync(os.path.join(temporary, name) if name else temporary)
+        if is_folder:
+            sync(temporary)
+        if is_folder and os.path.isdir(path):
+            remove(path + '.old')
+            os.replace(path, path + '.old')  # a folder cannot be replaced in one step: for a moment only .old is there
+        os.replace(temporary, path)
+    finally:
+        remove(temporary)
+    sync(os.path.dirname(path) or '.')
+    if is_folder:
+        remove(path + '.old')

@@ -14,7 +14,6 @@ Two nodes (on the second one --node_rank=1; both must see log_dir):
 Interrupted, by whatever and at whatever moment:
     python train_gpt2.py --auto_resume
 """
-import glob
 import json
 import math
 import os
@@ -34,8 +33,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from configurator import configure, fail, master, print0
-from model import GPT, GPT_SIZES, GPTConfig, load_tokenizer, open_shards, read_whole, shard_rows
+from configurator import configure, fail, master, nearby, print0
+from model import GPT, GPT_SIZES, PEAK_FLOPS, TOKENIZERS, GPTConfig, load_tokenizer, open_shards, read_whole, remove, shard_rows, write_whole
 
 # ---- settings ------------------------------------------------------------------------------------------------------
 # i/o
@@ -124,19 +123,13 @@ def steps_on_disk(suffix=''):
     steps = {int(digits) for name in names for digits in re.findall('[0-9]{1,18}', name)}
     return sorted(s for s in steps if os.path.basename(checkpoint_path_of(s)) + suffix in names)
 
-def nearby(path):
-    """What exists beside a missing path: the same name, at any step, in the same folder or a sibling of it."""
-    folder, name = os.path.split(os.path.normpath(path))
-    found = glob.glob(os.path.join(glob.escape(os.path.dirname(folder)), '*', re.sub('[0-9]+', '*', glob.escape(name))))
-    return ('; there is ' + ', '.join(sorted(found)[-3:])) if found else ''
-
 def read_checkpoint(path):
     """(checkpoint, '') or (None, what is wrong). A file of weights alone comes back as {'model': weights}."""
     try:
         names = os.listdir(path) if os.path.isdir(path) else ['']
         found = checkpoint_of({name: read_whole(os.path.join(path, name) if name else path) for name in names})
         found = found if 'model' in found else {'model': found}
-        if 'step' in found and not (type(found['step']) is int and found['step'] >= 0 and type(found['ranks']) is list
+        if 'step' in found and not (type(found['step']) is type(found['log_bytes']) is int and found['step'] >= 0 and type(found['ranks']) is list
                                     and type(found['config']) is type(found['given']) is dict):
             raise ValueError('its entries are not those of a checkpoint')
         return found, ''
@@ -187,7 +180,7 @@ save_every, keep, permanent = checkpoint_interval, keep_last_n_checkpoints, perm
 peak_lr, floor_lr, warmup, clip = max_lr, min_lr if min_lr >= 0 else max_lr / 10, warmup_steps, grad_clip
 schedule, cycles = lr_scheduler if decay_lr else 'constant', lr_restarts + 1
 shape = ('block_size', 'n_layer', 'n_head', 'n_embd')  # settings that a resumed model cannot change
-rank_state, load_rank_state = dict, id  # what each rank alone knows beside its generators: nothing here
+rank_state, load_rank_state = lambda: {}, lambda stored: None  # what each rank alone knows beside its generators: nothing here
 if max(dropout, beta1, beta2) >= 1:
     fail('dropout, beta1 and beta2 must be less than 1')
 if n_embd % n_head:
@@ -196,13 +189,14 @@ if n_embd % n_head:
 # ---- distributed (=) -----------------------------------------------------------------------------------------------
 ddp = 'RANK' in os.environ  # set by torchrun
 rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
-if device.startswith('cuda') and not torch.cuda.is_available():
-    print0(f'WARNING: --device={device}, but PyTorch sees no CUDA device here: using the CPU')
-    device = 'cpu'
-device = device or ('cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu')
+usable = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
+device = device or next(name for name in usable if usable[name])
 device_type = device.split(':')[0]
-if device_type not in ('cpu', 'cuda', 'mps'):
+if device_type not in usable:
     fail(f'--device={device}: expected cpu, cuda, cuda:1 or mps')
+if not usable[device_type]:
+    print0(f'WARNING: --device={device}, but PyTorch sees none here: using the CPU')
+    device = device_type = 'cpu'
 if device_type == 'cuda':
     device = f'cuda:{local_rank}' if ddp else device
     torch.cuda.set_device(device)
@@ -210,9 +204,7 @@ if ddp:
     dist.init_process_group('nccl' if device_type == 'cuda' else 'gloo')
     cpu_group = dist.new_group(backend='gloo')  # for what the ranks tell each other beside gradients
 device_name = torch.cuda.get_device_name(device) if device_type == 'cuda' else device_type
-# Dense bfloat16 FLOP/s that the makers state, for the share of them in use (mfu); an unknown device has none.
-peak_flops = next((flops for name, flops in (('H200', 989e12), ('H100 PCIe', 756e12), ('H100', 989e12), ('A100', 312e12), ('L40S', 362e12),
-                                             ('4090', 165e12), ('3090', 71e12), ('V100', 125e12), ('T4', 65e12)) if name in device_name), 0)
+peak_flops = next((flops for name, flops in PEAK_FLOPS.items() if name in device_name), 0)  # 0 = unknown: no mfu
 
 def everyone(value):
     """[value of rank 0, value of rank 1, ...], on every rank."""
@@ -249,14 +241,14 @@ def rng_state():
     """All generators of this rank, as tensors and plain numbers: weights_only loading takes nothing else."""
     _, keys, *numpy_rest = np.random.get_state()
     version, words, gauss_next = random.getstate()
-    accelerator = torch.cuda if device_type == 'cuda' else torch.mps if device_type == 'mps' else torch
+    accelerator = getattr(torch, device_type) if device_type != 'cpu' else torch
     return dict(torch=torch.get_rng_state(), device=accelerator.get_rng_state(), python=(version, torch.tensor(words), gauss_next),
                 numpy=(torch.from_numpy(keys.astype(np.int64)), *numpy_rest))
 
 def set_rng_state(state):
     torch.set_rng_state(state['torch'])
     if device_type != 'cpu':
-        (torch.cuda if device_type == 'cuda' else torch.mps).set_rng_state(state['device'])
+        getattr(torch, device_type).set_rng_state(state['device'])
     version, words, gauss_next = state['python']
     random.setstate((version, tuple(words.tolist()), gauss_next))
     keys, *numpy_rest = state['numpy']
@@ -288,7 +280,7 @@ accumulation = total_batch_size // micro_total  # micro-steps per step
 rows_per_step = total_batch_size // T
 
 if generate:
-    train_shards, val_shards, tokenizer = {}, {}, checkpoint.get('tokenizer', dict(tokenizer='gpt2', vocab_size=50257, eot=50256))
+    train_shards, val_shards, tokenizer = {}, {}, checkpoint.get('tokenizer', TOKENIZERS['gpt2'])
 else:
     try:
         train_shards, val_shards, tokenizer = open_shards(data_root, T)
@@ -316,7 +308,7 @@ def batch(step, micro_step):
     x, y = tokens[:, :-1].reshape(-1, length), tokens[:, 1:].reshape(-1, length)
     return (x.pin_memory(), y.pin_memory()) if device_type == 'cuda' else (x, y)
 
-prefetcher, prefetched = ThreadPoolExecutor(max(1, min(1, num_workers))), {}
+prefetcher, prefetched = ThreadPoolExecutor(1), {}
 
 def next_batch(step, micro_step):
     """batch(step, micro_step) on the device, while a thread prepares the next num_workers ones."""
@@ -391,36 +383,6 @@ def take_snapshot(top_done):
     return dict(step=step, top_done=top_done, log_bytes=os.fstat(log_descriptor).st_size if master else 0, progress=dict(progress),
                 rank=dict(rank_state(), rng=rng_state()))
 
-def remove(path):
-    if os.path.isdir(path) and not os.path.islink(path):
-        os.replace(path, path + '.gone')  # a half-deleted folder must not bear the name of a whole one
-        shutil.rmtree(path + '.gone')
-    elif os.path.lexists(path):
-        os.unlink(path)
-
-def write_whole(path, files):
-    """Write a file, or a folder of files, under another name, force it to the disk, then rename it: whole or absent."""
-    temporary, is_folder = path + '.tmp', '' not in files
-    remove(temporary)
-    if is_folder:
-        os.mkdir(temporary)
-    for name, content in files.items():
-        content = content(temporary) if callable(content) else content  # made out of the files before it
-        with open(os.path.join(temporary, name) if name else temporary, 'wb') as file:
-            file.write(json.dumps(content, indent=1).encode()) if name.endswith('.json') else torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-    if is_folder and os.path.isdir(path):
-        remove(path + '.old')
-        os.replace(path, path + '.old')  # a folder cannot be replaced in one step
-    os.replace(temporary, path)
-    for folder in (path, run_dir):
-        descriptor = os.open(folder, os.O_RDONLY)
-        os.fsync(descriptor)  # the names in it
-        os.close(descriptor)
-    if is_folder:
-        remove(path + '.old')
-
 def rotate():
     """Delete what is no longer wanted, once what replaces it is on the disk. Damaged files neither count nor go."""
     for s in steps_on_disk('.tmp'):
@@ -448,7 +410,6 @@ def save(path):
             print0(f'saved {path} ({size / 1e6:,.1f} MB)')
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
             problem = cannot_write(path, error)
-            remove(path + '.tmp')
     agree(problem, code=1)
 
 def leave(code):
@@ -624,6 +585,7 @@ for step in range(start_step, max_steps + 1):
                 wandb_run.log({'val/loss': progress['val_loss']}, step=step)
             if progress['val_loss'] < progress['best_val_loss']:
                 progress.update(best_val_loss=progress['val_loss'], best_step=step)
+                snapshot['progress'] = dict(progress)
                 save(checkpoint_path_of('best'))
         if encoding and generate_interval > 0 < step and (step % generate_interval == 0 or last):
             for text in sample('', seed + step):

@@ -301,7 +301,7 @@ def write_shards(output_dir, settings, stream, num_workers=0):
         else:
             for shard in manifest['shards']:
                 if not whole(folder / shard['name'], shard['tokens']):
-                    fail(f'{folder / shard["name"]} is missing or cut short, though manifest.json lists it: delete the folder and start again')
+                    fail(f'{folder / shard["name"]}, which manifest.json lists, is missing or cut short: delete the folder and start again')
             print0(f'{folder} is done: {manifest["tokens"]:,} tokens in {len(manifest["shards"])} shards')
         if (folder / 'pieces').exists():
             shutil.rmtree(folder / 'pieces')
@@ -324,7 +324,7 @@ def _write_shards(folder, settings, stream, workers):
     try:
         enc = load_tokenizer(settings['tokenizer'], download=True)
     except (OSError, ValueError) as error:
-        fail(f'the {settings["tokenizer"]} tokenizer cannot be loaded: {error}', 1)
+        fail(f'the {settings["tokenizer"]} tokenizer was not loaded (it is downloaded once; --tokenizer=bytes needs no network): {error}', 1)
     if enc.n_vocab > 2 ** 16:
         fail(f'the {settings["tokenizer"]} tokenizer has {enc.n_vocab:,} ids, a shard of uint16 holds 65,536')
 

@@ -109,7 +109,8 @@ if __name__ == '__main__':
     digest = hashlib.sha256()
     for text in documents:
         digest.update(text.encode() + b'\0')
-    source = {'name': f'Python {platform.python_version()}', 'documents': len(documents), 'not_utf8': not_utf8, 'sha256': digest.hexdigest()}
+    source = {'name': f'Python {platform.python_version()}', 'documents': len(documents), 'not_utf8': not_utf8,
+              'sha256': digest.hexdigest()}
 
     def stream(file, document):
         if file == 0:

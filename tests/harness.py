@@ -27,19 +27,22 @@ import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# Kills the run at the n-th of all operations that a save consists of, in the middle of it where it has one.
+# Kills the run at the n-th of all operations that its saves consist of, in the middle of it where it has one; n = 0: never.
+# The last line that it prints is `operations: open:model_00002.pt.tmp write:model_00002.pt.tmp fsync:...`.
 KILL_AT = """
-import builtins, os, signal
-count = 0
-def tick():
-    global count
-    count += 1
-    if count == {n}:
+import atexit, builtins, os, signal
+operations = []
+def tick(kind, path):
+    operations.append(kind + ':' + os.path.basename(path))
+    if len(operations) == {n}:
         os.kill(os.getpid(), signal.SIGKILL)
-def before(function):
-    def patched(*args, **kwargs):
-        tick()
-        return function(*args, **kwargs)
+def before(kind, function):
+    def patched(path, *args, **kwargs):
+        if isinstance(path, int):
+            tick(kind, os.readlink('/proc/self/fd/%d' % path) if os.path.isdir('/proc/self/fd') else '')
+        else:
+            tick(kind, str(args[0] if args else path))  # what it is renamed to
+        return function(path, *args, **kwargs)
     return patched
 class File:
     def __init__(self, file): self.file = file
@@ -49,19 +52,18 @@ class File:
     def write(self, data):
         half = len(data) // 2
         self.file.write(data[:half]); self.file.flush()
-        tick()
+        tick('write', self.file.name)
         return half + self.file.write(data[half:])
 real_open = builtins.open
 def patched_open(path, mode='r', *args, **kwargs):
     if str(path).endswith('.tmp') or '.tmp/' in str(path):
-        tick()
+        tick('open', path)
         return File(real_open(path, mode, *args, **kwargs))
     return real_open(path, mode, *args, **kwargs)
 builtins.open = patched_open
-for name in ('fsync', 'replace', 'unlink', 'rename'):
-    setattr(os, name, before(getattr(os, name)))
-import atexit, sys
-atexit.register(lambda: print('operations:', count))
+for name in ('fsync', 'replace', 'unlink', 'remove', 'rename'):
+    setattr(os, name, before(name, getattr(os, name)))
+atexit.register(lambda: print('operations:', *operations))
 """
 
 
@@ -218,6 +220,10 @@ def serve_run(request):
         runpy.run_path(request['script'], run_name='__main__')
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except KeyboardInterrupt:
+        traceback.print_exc()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
     except BaseException:
         traceback.print_exc()
         code = 1

@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 from prepare import fineweb  # noqa: E402
 
 EOT = 256
-TEXTS = ['One.', 'Zwölf Boxkämpfer\r\n', '', 'a <|endoftext|> b', '多字节 🙂', 'long ' * 60, '', '\0', 'x' * 37, 'The end.\n', 'last']
+TEXTS = ['One.', 'Zwölf Boxkämpfer\r\n', '', 'a <|endoftext|> b', '多字节 🙂', 'long ' * 60, '', '\0', 'x' * 37, 'End.\n', 'last']
 real_bpe = pytest.mark.skipif(not BPE.exists(), reason='needs the two files of the GPT-2 tokenizer')
 
 
@@ -122,7 +122,8 @@ def test_all_kinds_of_input_give_the_same_tokens(tmp_path):
     manifest, tokens = read_folder(tmp_path / 'out')
     assert tokens == tokens_of(TEXTS) * 3  # end-of-text before each document; a text that spells it stays text
     facts = {key: manifest[key] for key in ('tokenizer', 'vocab_size', 'eot', 'documents', 'empty_documents', 'bytes')}
-    assert facts == dict(tokenizer='bytes', vocab_size=257, eot=256, documents=27, empty_documents=6, bytes=3 * len(''.join(TEXTS).encode()))
+    size = len(''.join(TEXTS).encode())
+    assert facts == dict(tokenizer='bytes', vocab_size=257, eot=256, documents=27, empty_documents=6, bytes=3 * size)
     assert manifest['source'] == [{'name': name, 'bytes': (tmp_path / name).stat().st_size} for name in inputs]
     assert f'{len(tokens):,} tokens' in out and 'out/edufineweb_val_000000.bin' in out
 
@@ -426,7 +427,8 @@ def test_both_ways_of_launching(tmp_path, script):
     jsonl(tmp_path / 'a.jsonl', TEXTS)
     args = ['--tokenizer=bytes', *(['--input=a.jsonl'] if script == 'fineweb' else [])]
     environment = {key: value for key, value in os.environ.items() if key != 'PYTHONPATH'}
-    for output, launch, path in (('a', [str(ROOT / 'prepare' / f'{script}.py')], {}), ('b', ['-m', f'prepare.{script}'], {'PYTHONPATH': str(ROOT)})):
+    as_file, as_module = ([str(ROOT / f'prepare/{script}.py')], {}), (['-m', f'prepare.{script}'], {'PYTHONPATH': str(ROOT)})
+    for output, (launch, path) in (('a', as_file), ('b', as_module)):
         result = subprocess.run([sys.executable, *launch, f'--output_dir={output}', *args], cwd=tmp_path, env={**environment, **path},
                                 capture_output=True, text=True)
         assert (result.returncode, result.stderr) == (0, '')
