@@ -6,8 +6,9 @@
     config = configure(globals())
 
 Every top-level `name = <literal>  # comment` above the call is a setting: its default gives the type, its comment the
-help. `configure` assigns what was typed into the caller's globals and returns all settings as a dict. Nothing is executed:
-the caller's source and settings files are parsed with ast. Accepted, in any order, the last one wins:
+help. A whole number must be positive and a fraction not negative, except for a 0 or -1 whose meaning the comment gives
+(`0 = off`). `configure` assigns what was typed into the caller's globals and returns all settings as a dict. Nothing is
+executed: the caller's source and settings files are parsed with ast. Accepted, in any order, the last one wins:
 
     --max_lr=6e-4   --max_lr 6e-4   max_lr=6e-4   +max_lr=6e-4   arch.max_lr=6e-4   MAX_LR=6e-4    set ('-' reads as '_')
     --compile   --no-compile   --compile false   compile=True                                      bool
@@ -87,10 +88,10 @@ class Config(dict):
                 self.assign(name, _checked(value, *self.settings[name], f'{where}: {name}'))
                 self.given.add(name)
 
-    def changes(self, stored):
-        """[(name, old, new)] of the settings that differ from a stored run's; its folder may have moved."""
-        return [(name, stored[name], value) for name, value in self.items()
-                if name in stored and stored[name] != value and name not in (*LAUNCH, 'log_dir')]
+    def changes(self, stored, where):
+        """[(name, old, new)] of the settings that differ from a stored run's ({name: value}); its folder may have moved."""
+        old = {name: _checked(stored[name], self.settings[name][0], '', f'{where}: {name}') for name in self if name in stored}
+        return [(name, old[name], self[name]) for name in old if old[name] != self[name] and name not in (*LAUNCH, 'log_dir')]
 
     def typed(self):
         """The typed settings as a plain dict, for `restore`."""
@@ -225,6 +226,9 @@ def _checked(value, default, comment, where):
         if not abs(value) < 2 ** 63:  # NaN and infinity too
             fail(f'{where}: expected a finite number')
         value = float(value) if isinstance(default, float) else int(value) if value == int(value) else value
+        refused = comment and value != default and (value < 0 or value == 0 and isinstance(default, int))
+        if refused and not re.search(rf'(?<![\d.-]){value + 0:g} = ', comment):
+            fail(f'{where}: must not be {value:g} ({comment})')
     if type(value) is not type(default):
         kinds = {bool: 'true or false', int: 'a whole number', float: 'a number', str: 'text', list: f'a list like {default!r}'}
         fail(f'{where}: expected {kinds[type(default)]}')

@@ -195,7 +195,8 @@ class GPT(nn.Module):
                 if top_p < 1:
                     values, order = logits.sort(descending=True)
                     probabilities = values.softmax(1)
-                    outside = probabilities.cumsum(1) - probabilities >= top_p  # the likeliest id always stays
+                    outside = probabilities.cumsum(1) - probabilities >= top_p
+                    outside[:, 0] = False  # the likeliest id always stays
                     logits[outside.scatter(1, order, outside)] = -math.inf
                 feed = torch.multinomial(logits.softmax(1), 1, generator=generator)  # (B, 1)
             feed = torch.where(ended, eot, feed)

@@ -281,6 +281,8 @@ rows_per_step = total_batch_size // T
 
 if generate:
     train_shards, val_shards, tokenizer = {}, {}, checkpoint.get('tokenizer', TOKENIZERS['gpt2'])
+    if tokenizer not in TOKENIZERS.values():
+        fail(f'{checkpoint_file} names an unknown tokenizer')
 else:
     try:
         train_shards, val_shards, tokenizer = open_shards(data_root, T)
@@ -434,7 +436,7 @@ def poll():
 # ---- resume (=) ----------------------------------------------------------------------------------------------------
 start_step, top_done, in_place, problem = 0, False, False, ''
 if resumed:
-    for name, old, new in config.changes(checkpoint['config']):
+    for name, old, new in config.changes(checkpoint['config'], checkpoint_file):
         if name in shape:
             fail(f'{name} cannot change on resume: {old} -> {new} ({checkpoint_file})')
         print0(f'changed since the checkpoint: {name} {old!r} -> {new!r}')
@@ -451,7 +453,7 @@ try:
         progress = {name: type(value)(checkpoint[name]) for name, value in progress.items()}
         known = checkpoint['ranks'][rank] if rank < len(checkpoint['ranks']) else None
         load_rank_state(known)
-        set_rng_state(known['rng']) if known else seed_rank(start_step)
+        set_rng_state(known['rng']) if known is not None else seed_rank(start_step)
         if len(checkpoint['ranks']) < world_size:
             print0(f'ranks {len(checkpoint["ranks"])} to {world_size - 1} are new: their generators are seeded from (seed, rank, step)')
     else:

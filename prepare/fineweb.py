@@ -360,19 +360,19 @@ def write_pieces(folder, settings, state, stream, enc, workers):
                 state['documents'] += 1
                 state['bytes'] += len(text.encode())
             if used == len(buffer):
-                save([file, document + 1, 0] if start == len(tokens) else [file, document, start])
+                save([file, document, start])
                 used = 0
         start = 0
         bar.total = max(state['tokens'], int(state['tokens'] / share)) if share else None  # an estimate, for the ETA
         bar.update(state['tokens'] - bar.n)
-        if bar.disable and time.time() - said > 10:  # no terminal: a line now and then
+        if bar.disable and time.time() - said > 10 and state['tokens'] > before:  # no terminal: a line now and then
             said, rate = time.time(), (state['tokens'] - before) / (time.time() - begun)
             print0(f'{state["tokens"]:,} tokens | {share:.1%} of the input | {rate:,.0f} tokens/s | '
                    f'eta {state["tokens"] * (1 / share - 1) / rate:,.0f} s')
     bar.close()
     if used:
         save([len(settings['source']), 0, 0])
-    seconds = time.time() - begun
+    seconds = max(time.time() - begun, 1e-6)
     print0(f'tokenised {state["tokens"] - before:,} tokens in {seconds:.1f} s ({(state["tokens"] - before) / seconds:,.0f} tokens/s)')
 
 

@@ -12,6 +12,7 @@ script: a place to break things (a function that returns NaN, an os.replace that
 """
 import atexit
 import gc
+import itertools
 import json
 import os
 import random
@@ -72,6 +73,7 @@ class Launcher:
         env = dict(os.environ, OMP_NUM_THREADS='1', PYTHONDONTWRITEBYTECODE='1')
         self.server = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
         assert self.server.stdout.readline() == 'ready\n'
+        self.numbers = itertools.count()
 
     def ask(self, **request):
         self.server.stdin.write(json.dumps(request) + '\n')
@@ -88,7 +90,8 @@ class Launcher:
             rank_env = dict(env or {})
             if ranks:
                 rank_env.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-            out = Path(cwd) / f'.stdout{rank}'
+            out = Path(cwd) / f'.stdout{next(self.numbers)}'  # one file each: an earlier run's output stays readable
+            out.unlink(missing_ok=True)  # wait_for must not read what the run before printed
             run.outs.append(out)
             run.pids.append(self.ask(script=str(ROOT / script), argv=[str(a) for a in args], cwd=str(cwd), env=rank_env, out=str(out),
                                      prelude=prelude, files_limit=files_limit))

@@ -186,7 +186,6 @@ def python(*argv, **env):
     ('--batch_size 9007199254740993', {'batch_size': 9007199254740993}),
     ('--max_lr 0', {'max_lr': 0.0}),
     ('--eval_interval -1', {'eval_interval': -1}),
-    ('--max_lr -1e-3', {'max_lr': -1e-3}),
     # text takes anything, and splits at the first '='
     ('--run_name a=b=c', {'run_name': 'a=b=c'}),
     ('--run_name=a=b', {'run_name': 'a=b'}),
@@ -413,10 +412,21 @@ def test_restore_trusts_nothing(stored):
     assert not isinstance(stored, dict) or list(stored)[0] in line
 
 
+@pytest.mark.parametrize('words, said', [
+    ('--batch_size=0', 'must not be 0'), ('--batch_size=-3', 'must not be -3'), ('--eval_interval=0', 'must not be 0'), ('--eval_interval=-2', 'must not be -2'),
+    ('--max_lr=-1e-3', 'must not be -0.001'), ('--num_epochs=-1', 'must not be -1')])
+def test_numbers_out_of_range_are_refused(words, said):
+    assert said in refused(parse, *words.split())
+
+
+def test_numbers_at_the_edge_are_taken():
+    assert parse('--max_lr=0')['max_lr'] == 0 and parse('--eval_interval=-1')['eval_interval'] == -1
+
+
 # ---- settings files ----
 
 def test_save_reads_back_the_same():
-    config = parse('--batch_size', '-3', '--lr=1e-300', '--compile', '--subsets', 'ü', "it's", 'a b', '--auto_resume', '--checkpoint_path=c',
+    config = parse('--eval_interval', '-1', '--lr=1e-300', '--compile', '--subsets', 'ü', "it's", 'a b', '--auto_resume', '--checkpoint_path=c',
                    '--run_name', 'line\nnext\r\t"quoted" \'both\' \\d \u2028 \u00e9 \U0001f600 \x00\x1b # = ', '--permanent_checkpoints', '-1,2')
     config.save('saved.py')
     again = parse('saved.py')
