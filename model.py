@@ -85,19 +85,21 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+LOGITS_AT_ONCE = 2 ** 24  # elements: 64 MB of float32
+
+
 class HeadLoss(torch.autograd.Function):
     """Sum of the cross-entropies, in nats, of softmax(x @ weight.T) against targets; a target of -1 does not count.
 
     x (N, C), weight (V, C), targets (N,) -> scalar. The logits (N, V) never exist at once: a slice of rows at a time gives
     its loss and, in the same pass, its share of both gradients, because d loss / d logits = softmax - onehot needs
     nothing from upstream but a factor. At V = 50304 the logits of a micro-batch would be by far the largest tensor."""
-    slice_elements = 2 ** 24  # of the logits that exist at once: 64 MB of float32
 
     @staticmethod
     def forward(ctx, x, weight, targets, need_gradients):
         total = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
         dx, dweight = (torch.empty_like(x), torch.zeros_like(weight)) if need_gradients else (None, None)
-        rows = max(1, HeadLoss.slice_elements // weight.size(0))
+        rows = max(1, LOGITS_AT_ONCE // weight.size(0))
         for x_part, dx_part, t in zip(x.split(rows), (dx if need_gradients else x).split(rows), targets.split(rows), strict=True):
             logits = F.linear(x_part, weight)
             logits = logits.to(total.dtype)  # (n, V); a sum over 50,000 exponentials wants float32

@@ -324,7 +324,8 @@ def _write_shards(folder, settings, stream, workers):
     try:
         enc = load_tokenizer(settings['tokenizer'], download=True)
     except (OSError, ValueError) as error:
-        fail(f'the {settings["tokenizer"]} tokenizer was not loaded (it is downloaded once; --tokenizer=bytes needs no network): {error}', 1)
+        fail(f'the {settings["tokenizer"]} tokenizer was not loaded ({error}): it is downloaded once, '
+             '--tokenizer=bytes needs no network', 1)
     if enc.n_vocab > 2 ** 16:
         fail(f'the {settings["tokenizer"]} tokenizer has {enc.n_vocab:,} ids, a shard of uint16 holds 65,536')
 

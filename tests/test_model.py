@@ -74,7 +74,7 @@ def test_loss_is_cross_entropy_without_the_logits(rows, monkeypatch):
     x, w = torch.randn(64, 8, dtype=torch.float64, requires_grad=True), torch.randn(96, 8, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(96, (64,))
     targets[::5] = -1
-    monkeypatch.setattr(HeadLoss, 'slice_elements', rows * 96)
+    monkeypatch.setattr('model.LOGITS_AT_ONCE', rows * 96)
     loss = HeadLoss.apply(x, w, targets, True) * 3
     expected = F.cross_entropy(x @ w.t(), targets, ignore_index=-1, reduction='sum') * 3
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
@@ -104,6 +104,16 @@ def test_loss_refuses_a_second_backward():
     loss.backward(retain_graph=True)
     with pytest.raises((TypeError, RuntimeError)):
         loss.backward()
+
+
+def test_a_training_step_is_one_graph_for_torch_compile():
+    model, compiled = small(), small()
+    compiled.compile(fullgraph=True, backend='eager')  # a graph break would be an error
+    x, y = torch.randint(96, (2, 3, 32))
+    for m in (model, compiled):
+        m(x, y, 'sum').backward()
+    for ours, theirs in zip(compiled.parameters(), model.parameters(), strict=True):
+        assert torch.allclose(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_too_long_a_sequence_is_said():

@@ -227,7 +227,7 @@ def test_hostile_checkpoints_end_in_one_line(go, tmp_path):
         dict(step=-1), dict(step='4'), dict(step=True), dict(ranks=[]), dict(ranks=[{}]), dict(ranks={'rng': 1}), dict(ranks=[{'rng': {'torch': torch.zeros(3)}}]),
         dict(model={}), dict(model=whole['model'] | {'extra': torch.zeros(2)}), dict(model=whole['model'] | {name: torch.zeros(3)}), dict(model=3),
         dict(model=whole['model'] | {name: 'text'}), dict(optimizer={}), dict(optimizer=dict(whole['optimizer'], state={0: {'exp_avg': torch.zeros(2)}})),
-        dict(optimizer=dict(whole['optimizer'], state=3)), dict(train_loader_state={}), dict(train_loader_state=None), dict(given={'n_layer': 3}),
+        dict(optimizer=dict(whole['optimizer'], state=3)), dict(train_loader_state={}), dict(train_loader_state=None), dict(given=dict(whole['given'], n_layer=3)),
         dict(given={'max_lr': math.nan}), dict(given=[]), dict(config=None), dict(config=dict(whole['config'], n_layer=3)), dict(log_bytes='a'), dict(log_bytes=None),
         dict(best_val_loss='x'), dict(train_loader_state=dict(whole['train_loader_state'], shards={'a': 1})), dict(config=dict(whole['config'], max_lr=torch.zeros(3))),
         dict(config=dict(whole['config'], max_steps=16 ** 9999)),
