@@ -259,9 +259,11 @@ def open_shards(folder, T):
     """(training shards {name: tokens}, validation shards {name: tokens}, tokenizer) of a folder that prepare/ wrote.
 
     Validation shards have `val` in their name, else it is the first. All ids are checked: an id beyond the vocabulary would
-    otherwise end a run hours later. T: tokens per row; a shard holds one at least. ValueError names the file and the place."""
+    otherwise end a run hours later. T: tokens per row; what is left of a shard is not used. ValueError names file and place."""
     if not os.path.isdir(folder):
         raise ValueError(f'{folder} is no folder')
+    if os.path.isdir(os.path.join(folder, 'pieces')):
+        raise ValueError(f'{folder} is half made: run the prepare script again, it continues')
     names = sorted(name for name in os.listdir(folder) if name.endswith(('.bin', '.npy')))
     val_names = [name for name in names if 'val' in name] or names[:1]
     if len(names) == len(val_names):
@@ -276,15 +278,19 @@ def open_shards(folder, T):
                 raise ValueError(f'{tokenizer} is none of the known tokenizers')
         for name in names:
             shards[name] = tokens = open_shard(os.path.join(folder, name))
-            if len(tokens) <= T:
-                raise ValueError(f'holds {len(tokens)} tokens, fewer than one row of {T} + 1')
+            if not len(tokens):
+                raise ValueError('holds no tokens')
             for i in range(0, len(tokens), 2 ** 24):
                 outside = np.flatnonzero(tokens[i:i + 2 ** 24] >= tokenizer['vocab_size'])
                 if len(outside):
                     raise ValueError(f'token {i + outside[0]} is {tokens[i + outside[0]]}, outside the vocabulary of {tokenizer["vocab_size"]}')
     except (OSError, ValueError, EOFError, AttributeError, RecursionError) as error:
         raise ValueError(f'{os.path.join(folder, name)}: {error}') from error
-    return {n: s for n, s in shards.items() if n not in val_names}, {n: shards[n] for n in val_names}, tokenizer
+    train, val = {n: s for n, s in shards.items() if n not in val_names}, {n: shards[n] for n in val_names}
+    for part in train, val:
+        if all(len(tokens) <= T for tokens in part.values()):
+            raise ValueError(f'{folder}: {", ".join(part)} hold no row of {T} + 1 tokens')
+    return train, val, tokenizer
 
 
 def shard_rows(shards, T, rows):

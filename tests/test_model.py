@@ -242,7 +242,7 @@ def damage(path, how):
     path.write_bytes(bytes(data))
 
 
-DAMAGES = {'truncated': 'bytes long', 'odd length': 'bytes long', 'token 65535': 'token 20 is 65535', 'empty': 'header', 'no tokens': 'fewer than one row',
+DAMAGES = {'truncated': 'bytes long', 'odd length': 'bytes long', 'token 65535': 'token 20 is 65535', 'empty': 'header', 'no tokens': 'holds no tokens',
            'wrong header': 'header', 'wrong version': 'header', 'negative length': 'bytes long', 'header only': 'header'}
 
 
@@ -283,6 +283,25 @@ def test_missing_data_is_said(tmp_path):
     for folder in (tmp_path / 'none', tmp_path):
         with pytest.raises(ValueError, match='folder|needs a validation'):
             open_shards(str(folder), 16)
+    write_shard(tmp_path / 'only_train.bin', [1] * 100)
+    with pytest.raises(ValueError, match='needs a validation and a training shard'):
+        open_shards(str(tmp_path), 16)
+    write_shard(tmp_path / 'val.bin', [1] * 16)
+    with pytest.raises(ValueError, match='val.bin hold no row of 16'):
+        open_shards(str(tmp_path), 16)
+    (tmp_path / 'pieces').mkdir()
+    with pytest.raises(ValueError, match='half made'):
+        open_shards(str(tmp_path), 16)
+
+
+def test_a_short_last_shard_is_no_error(tmp_path):
+    make_text_data(tmp_path / 'd', tokens=100)
+    write_shard(tmp_path / 'd/x_train_000003.bin', [1] * 3)
+    train, _, _ = open_shards(str(tmp_path / 'd'), 16)
+    assert shard_rows(train, 16, range(18)).shape == (18, 17)
+
+
+def test_without_a_manifest_a_single_shard_is_not_enough(tmp_path):
     write_shard(tmp_path / 'only_train.bin', [1] * 100)
     with pytest.raises(ValueError, match='needs a validation and a training shard'):
         open_shards(str(tmp_path), 16)

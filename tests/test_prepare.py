@@ -3,6 +3,7 @@
 A script runs in a fork of this process, where torch is imported already: a run takes milliseconds, and can be killed."""
 import errno
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -477,7 +478,9 @@ def test_pydocs(tmp_path):
         assert sample in text
     assert text.count(Path(json.__file__).read_bytes()) == 1
     val = read_shard(tmp_path / 'out/pydocs_val_000000.bin')
-    assert val.count(EOT) > 20  # many documents, not a few: it stands for the rest
+    assert val.count(EOT) > 20  # many documents, not a few, and of each kind some: it stands for the rest
+    val_text, topics = bytes(token for token in val if token != EOT), importlib.import_module('pydoc_data.topics').topics.values()
+    assert 0 < sum(topic.encode() in val_text for topic in topics) < len(topics) / 2
     status, out, _ = run(tmp_path, 'pydocs', '--output_dir=out')
     assert status == 0 and 'is done' in out
     one_line(run(tmp_path, 'pydocs', '--output_dir=out', '--seed=1'), 'seed 1337, now 1')
