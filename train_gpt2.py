@@ -169,7 +169,7 @@ elif checkpoint:
 # ---- derived -------------------------------------------------------------------------------------------------------
 config.assign('log_dir', run_dir)
 config.fill({**GPT_SIZES[model], **{
-    'tiny': dict(batch_size=16, total_batch_size=2048, val_tokens=131072, max_lr=4e-3, warmup_steps=100, max_steps=2500, eval_interval=250,
+    'tiny': dict(batch_size=16, total_batch_size=2048, val_tokens=131072, max_lr=4e-3, warmup_steps=100, max_steps=2000, eval_interval=250,
                  generate_interval=500, checkpoint_interval=500, log_interval=50, min_seq_length=16, max_seq_length=128),
     'gpt2': {},
     'gpt2-medium': dict(batch_size=8, max_lr=3e-4),
