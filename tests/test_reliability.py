@@ -198,7 +198,7 @@ def hook(bench, body):
 import importlib, json, math, os, signal, sys, time, torch
 owner = getattr(importlib.import_module({module!r}), {name!r})
 rank, trained, once = int(os.environ.get('RANK', 0)), 0, []
-def pause(seconds=0.3):
+def pause(seconds=0.2):
     if not once:
         once.append(1)
         print('HERE', flush=True)
@@ -249,16 +249,16 @@ def test_killed_at_random_moments(bench, kills, ranks):
 
 
 @pytest.mark.parametrize('settings, stops', [
-    (dict(data_root='few', num_workers=2), (1, 1, 2)),           # 8 steps are 2.5 epochs of two shards
+    (dict(data_root='few', num_workers=2), (1, 1, 2)),  # 8 steps are 2.5 epochs of two shards
     (dict(data_root='few', num_workers=0), (3, 2)),
-    (dict(data_root='data', checkpoint_interval=1), (1, 2, 1)),  # three stops in one epoch
-    (dict(data_root='data', num_workers=0, log_interval=5), (5,)),
+    (dict(data_root='data', log_interval=5), (1, 2, 1)),  # three stops in one epoch
+    (dict(data_root='few', ranks=2), (2, 3)),
 ])
 def test_stops_within_an_epoch_and_across_epochs_and_shards(bench, settings, stops):
-    settings = dict(dict(checkpoint_interval=1), **settings)
-    expected = straight(bench, **settings)
+    settings = dict(settings, checkpoint_interval=1)
+    ranks, expected = settings.get('ranks', 0), straight(bench, **settings)
     for stop in stops:
-        assert go(bench, '--auto_resume', prelude=kill_after(bench, stop), **settings).codes == [-9]
+        assert -9 in go(bench, '--auto_resume', prelude=kill_after(bench, stop, ranks), **settings).codes
     assert steps(bench)[-1] == sum(stops)
     go(bench, '--auto_resume', **settings).ok()
     same(bench, expected)
@@ -445,7 +445,8 @@ def test_rotation_leaves_foreign_files_alone_and_cleans_up_after_a_killed_save(b
     for name in foreign:
         (folder / name).write_text('mine')
     (folder / (third + '.tmp')).write_text('half')
-    go(bench, '--auto_resume', keep_last_n_checkpoints=2).ok()
+    run = go(bench, '--auto_resume', keep_last_n_checkpoints=2).ok()
+    assert 'WARNING' not in run.out + run.err
     assert steps(bench) == [6, 8] and not (folder / (third + '.tmp')).exists()
     assert [name for name in foreign if (folder / name).read_text() == 'mine'] == foreign
 
@@ -489,7 +490,15 @@ os.replace = os.rename = spoiled
 
 
 # ---- 6. how a run starts -------------------------------------------------------------------------------------------
+class Attack:
+    def __reduce__(self):
+        return os.system, ('touch executed',)
+
+
 def damage(path, how):
+    if how == 'hostile':  # the pickle of an attack
+        torch.save(dict(load(path), more=Attack()), path)
+        return
     data = path.read_bytes()
     with zipfile.ZipFile(path) as archive:
         tensor = max((archive.read(name) for name in archive.namelist() if '/data/' in name), key=len)
@@ -500,7 +509,6 @@ def damage(path, how):
         flipped=data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1:],  # torch.load reads it without complaint
         empty=b'',
         garbage=random.Random(0).randbytes(5000),
-        hostile=b"cos\nsystem\n(S'touch executed'\ntR.",  # the pickle of an attack
     )[how])
     if how == 'flipped':
         load(path)
@@ -515,7 +523,7 @@ def test_the_newest_checkpoint_that_reads_whole_is_used(bench, how):
     run = go(bench, '--auto_resume', ranks=0, keep_last_n_checkpoints=2).ok()
     warnings = [line for line in (run.out + run.err).splitlines() if 'WARNING' in line]
     assert len(warnings) == 1 and bench.case.name(7) in warnings[0]
-    assert 'step 6' in run.out and checkpoint(bench, 7).read_bytes() == broken
+    assert 'step 6/8' not in run.out and 'step 8/8' in run.out and checkpoint(bench, 7).read_bytes() == broken
     same(bench, straight(bench))
     assert not list(bench.cwd.glob('**/executed'))
 
@@ -554,7 +562,8 @@ def test_resume_where_nothing_is_begins_and_else_continues(bench, verb):
     same(bench, straight(bench))
     shutil.rmtree(bench.cwd / 'run')
     stopped(bench, 4)
-    assert 'step 4' in go(bench, verb).ok().out
+    run = go(bench, verb).ok()
+    assert 'step 4/8' not in run.out and 'step 6/8' in run.out
     same(bench, straight(bench))
 
 
@@ -729,7 +738,7 @@ def test_not_a_number_on_one_rank_stops_all(bench, ranks, poison):
 
 # ---- 8. signals ----------------------------------------------------------------------------------------------------
 PHASES = {  # (when it pauses, newest checkpoint that must be there then)
-    'training': ('kind == "training" and trained == 3 * MICRO + MICRO // 2 + 1', 3),
+    'training': ('kind == "training" and trained == 3 * MICRO + 1', 3),
     'first step': ('kind == "training" and trained == 1', 0),
     'evaluation': ('kind == "evaluation" and trained == 4 * MICRO', 4),
     'first evaluation': ('kind == "evaluation"', 0),
@@ -756,11 +765,10 @@ def paused(bench, phase, ranks):
 
 
 @pytest.mark.parametrize('phase, number, ranks, to', [
-    *((phase, number, 0, 0) for phase in [*PHASES, 'saving'] for number in (signal.SIGTERM, signal.SIGINT)),
-    ('saving best', signal.SIGTERM, 0, 0),
-    ('saving', signal.SIGTERM, 2, None),
-    *((phase, signal.SIGTERM, 2, to) for phase in ('training', 'evaluation', 'sampling', 'saving') for to in (0, 1)),
-    *((phase, signal.SIGINT, 2, None) for phase in ('training', 'evaluation', 'sampling', 'first evaluation')),
+    *((phase, signal.SIGTERM, 0, 0) for phase in [*PHASES, 'saving', 'saving best']),
+    *((phase, signal.SIGINT, 0, 0) for phase in ('training', 'sampling', 'saving')),
+    *((phase, signal.SIGTERM, 2, to) for phase, to in (('training', 0), ('training', 1), ('evaluation', 1), ('sampling', 0), ('saving', 1))),
+    *((phase, signal.SIGINT, 2, None) for phase in ('training', 'evaluation', 'first evaluation', 'saving')),
 ])
 def test_signal(bench, phase, number, ranks, to):
     if phase == 'sampling' and not bench.case.sampler:
@@ -774,8 +782,11 @@ def test_signal(bench, phase, number, ranks, to):
     assert time.time() - sent < 10 and run.err == ''
     assert steps(bench)[-1] == newest
     whole(bench)
+    if 'evaluation' in phase:
+        assert f'step {newest}/8 | val loss' not in run.out  # it was left, not waited for
     go(bench, '--auto_resume', ranks=ranks).ok()
-    same(bench, straight(bench, ranks=ranks))
+    # after the last update the learning rate in the optimizer is what was left there: nothing reads it
+    same(bench, straight(bench, ranks=ranks), ignore=['lr'] if phase == 'last evaluation' else [])
 
 
 def test_signals_one_after_the_other(bench):
@@ -789,6 +800,17 @@ def test_signals_one_after_the_other(bench):
     assert steps(bench)[-1] == 4
     go(bench, '--auto_resume').ok()
     same(bench, straight(bench))
+
+
+def test_a_signal_in_the_first_step_after_a_resume_into_another_folder(bench):
+    stopped(bench, 4, 'first')
+    prelude, _ = paused(bench, 'first step', 0)
+    run = start(bench, '--resume', f'--checkpoint_path=first/{bench.case.name(4)}', prelude=prelude)
+    run.wait_for('HERE')
+    run.kill(signal.SIGTERM)
+    assert run.wait() == [143] and steps(bench) == [4]
+    go(bench, '--auto_resume').ok()
+    assert differences(load(checkpoint(bench, 8)), load(checkpoint(bench, 8, straight(bench))), VOLATILE) == []
 
 
 def test_a_second_signal_ends_at_once(bench):
@@ -847,26 +869,25 @@ def farthest(a, b):
     return max((distance(name), name) for name in a)
 
 
-@pytest.mark.parametrize('dtype, near', [('float32', 1e-5), ('float64', 1e-6)])
-def test_ranks_and_micro_batches_do_not_change_the_training(bench, dtype, near):
-    record = f'import torch; torch.set_default_dtype(torch.{dtype})\n' + hook(bench, RECORD)
-    found = []
-    for ranks, batch_size in ((0, 2), (2, 2), (4, 2), (2, 4), (0, 4), (0, 8), (1, 2)):
+@pytest.mark.parametrize('dtype, near, ways', [
+    ('float32', 1e-5, [(0, 2), (1, 2), (2, 2), (4, 2), (2, 4), (0, 4), (0, 8)]),
+    ('float64', 1e-6, [(0, 2), (2, 2), (4, 2), (0, 8)]),
+])
+def test_ranks_and_micro_batches_do_not_change_the_training(bench, dtype, near, ways):
+    record, found = f'import torch; torch.set_default_dtype(torch.{dtype})\n' + hook(bench, RECORD), []
+    for ranks, batch_size in ways:
         out = f'ranks{ranks}batch{batch_size}'
-        common = dict(ranks=ranks, batch_size=batch_size, dropout=0, log_interval=1, prelude=record)
-        run = go(bench, out=out, **common).ok()
-        content, rows = load(checkpoint(bench, 8, out)), seen(bench, max(1, ranks))
-        assert all(tensor.dtype == getattr(torch, dtype) for tensor in content['model'].values()), run.out
-        go(bench, out=out + 'first', **dict(common, max_steps=1)).ok()  # Adam's first moment is a tenth of the first gradient
-        state = load(checkpoint(bench, 1, out + 'first'))['optimizer']['state']
-        names = list(content['model'])  # the optimizer numbers parameters by group: matrices first
-        order = [name for name in names if content['model'][name].dim() >= 2] + [name for name in names if content['model'][name].dim() < 2]
-        gradients = {name: state[i]['exp_avg'] for i, name in enumerate(order)}
-        assert all(gradients[name].shape == content['model'][name].shape for name in names)
-        found.append((losses(bench.cwd / out), losses(bench.cwd / out, 'val loss'), gradients, content['model'], rows))
-        seen(bench, max(1, ranks))
-        for kind in (0, 1):
-            assert found[-1][kind] == pytest.approx(found[0][kind], rel=1e-6, abs=1.1e-6 if kind == 0 else 1.1e-4), out  # as printed
+        run = go(bench, out=out, ranks=ranks, batch_size=batch_size, dropout=0, log_interval=1, checkpoint_interval=1,
+                 keep_last_n_checkpoints=0, prelude=record).ok()
+        weights = load(checkpoint(bench, 8, out))['model']
+        assert all(tensor.dtype == getattr(torch, dtype) for tensor in weights.values()), run.out
+        state = load(checkpoint(bench, 1, out))['optimizer']['state']  # Adam's first moment is a tenth of the first gradient
+        names = sorted(weights, key=lambda name: weights[name].dim() < 2)  # the optimizer numbers them by group, matrices first
+        gradients = {name: state[i]['exp_avg'] for i, name in enumerate(names)}
+        assert all(gradients[name].shape == weights[name].shape for name in names)
+        found.append((losses(bench.cwd / out), losses(bench.cwd / out, 'val loss'), gradients, weights, seen(bench, max(1, ranks))))
+        for kind, rounding in ((0, 1.1e-6), (1, 1.1e-4)):  # as printed
+            assert found[-1][kind] == pytest.approx(found[0][kind], rel=1e-6, abs=rounding), out
         assert len(found[-1][0]) == 8 and len(found[-1][1]) == 5
         assert farthest(found[0][2], found[-1][2]) < (1e-5, ''), out
         assert farthest(found[0][3], found[-1][3]) < (near, ''), out
@@ -989,7 +1010,8 @@ def wait():
 if os.environ.get('RANK') == '1' and os.environ.get('TORCHELASTIC_RESTART_COUNT') == '0':
     threading.Thread(target=wait, daemon=True).start()
 """)
-    env = dict(os.environ, PYTHONPATH=str(bench.cwd / 'site'), OMP_NUM_THREADS='1')
+    # Without the last of these torch 2.13 meets, after a restart, the addresses of the dead ranks in the launcher's store.
+    env = dict(os.environ, PYTHONPATH=str(bench.cwd / 'site'), OMP_NUM_THREADS='1', TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1')
     torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
     script = str(ROOT / bench.case.script)
     commands = ([*torchrun, '--max_restarts=2', script, *words(bench.case, ['--auto_resume'])],
