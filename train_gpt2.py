@@ -31,6 +31,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import configure, fail, master, nearby, print0
@@ -169,8 +170,8 @@ elif checkpoint:
 # ---- derived -------------------------------------------------------------------------------------------------------
 config.assign('log_dir', run_dir)
 config.fill({**GPT_SIZES[model], **{
-    'tiny': dict(batch_size=16, total_batch_size=2048, val_tokens=131072, max_lr=4e-3, warmup_steps=100, max_steps=2000, eval_interval=250,
-                 generate_interval=500, checkpoint_interval=500, log_interval=50, min_seq_length=16, max_seq_length=128),
+    'tiny': dict(batch_size=16, total_batch_size=2048, val_tokens=131072, max_lr=4e-3, warmup_steps=100, max_steps=1250, eval_interval=250,
+                 generate_interval=500, checkpoint_interval=250, log_interval=50, min_seq_length=16, max_seq_length=128),
     'gpt2': {},
     'gpt2-medium': dict(batch_size=8, max_lr=3e-4),
     'gpt2-large': dict(batch_size=4, max_lr=2.5e-4),
@@ -201,7 +202,8 @@ if device_type == 'cuda':
     device = f'cuda:{local_rank}' if ddp else device
     torch.cuda.set_device(device)
 if ddp:
-    dist.init_process_group('nccl' if device_type == 'cuda' else 'gloo')
+    store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), next(rendezvous('env://'))[0])  # dead workers' keys stay behind
+    dist.init_process_group('nccl' if device_type == 'cuda' else 'gloo', store=store, rank=rank, world_size=world_size)
     cpu_group = dist.new_group(backend='gloo')  # for what the ranks tell each other beside gradients
 device_name = torch.cuda.get_device_name(device) if device_type == 'cuda' else device_type
 peak_flops = next((flops for name, flops in PEAK_FLOPS.items() if name in device_name), 0)  # 0 = unknown: no mfu
@@ -429,7 +431,7 @@ def poll():
         fail(trouble, 1)
     if told > 0:
         print0(f'stopped by {signal.Signals(int(told)).name}')
-        if not read_only and not (resumed and snapshot['step'] == start_step):  # that one is on the disk
+        if not read_only and not (resumed and snapshot['step'] == start_step and os.path.exists(checkpoint_path_of(start_step))):
             save(checkpoint_path_of(snapshot['step']))
         leave(128 + int(told))
 
@@ -493,7 +495,10 @@ if master and not read_only:
 agree(problem)
 wandb_run = None
 if wandb_log and master and not read_only:
-    import wandb
+    try:
+        import wandb
+    except ImportError:
+        fail('--wandb_log needs the package wandb: pip install wandb')
     wandb_run = wandb.init(project=wandb_project, name=run_name or None, config=dict(config), dir=run_dir,
                            id=progress['wandb_id'] or None, resume='allow')
     progress['wandb_id'] = wandb_run.id
@@ -503,8 +508,7 @@ if compile:
     raw_model.compile()  # in place: the names in the state dict stay as they are, and raw_model.forward stays eager
 net = raw_model
 if ddp and not read_only:
-    net = DistributedDataParallel(raw_model, device_ids=[local_rank] if device_type == 'cuda' else None,
-                                  gradient_as_bucket_view=True, broadcast_buffers=False)
+    net = DistributedDataParallel(raw_model, device_ids=[local_rank] if device_type == 'cuda' else None, gradient_as_bucket_view=True)
 
 # ---- learning rate (=) ---------------------------------------------------------------------------------------------
 def get_lr(step):
@@ -593,7 +597,7 @@ for step in range(start_step, max_steps + 1):
             for text in sample('', seed + step):
                 log(f'step {step}/{max_steps} | sample\n' + '\n'.join('    ' + line for line in text.splitlines()))
     snapshot = take_snapshot(top_done=True)
-    if step > start_step and (save_every > 0 and step % save_every == 0 or step in permanent or last):
+    if step and (step > start_step or not top_done) and (save_every > 0 and step % save_every == 0 or step in permanent or last):
         save(checkpoint_path_of(step))
     if last:
         break

@@ -174,8 +174,8 @@ def tensors(value, where=''):
 
 
 def all_finite(contents):
-    bad = [where for where, value in tensors(contents) if isinstance(value, (float, torch.Tensor)) and not torch.as_tensor(value).isfinite().all()]
-    assert bad == []
+    numbers = [(where, torch.as_tensor(value)) for where, value in tensors(contents) if isinstance(value, (float, torch.Tensor))]
+    assert [where for where, number in numbers if not number.isfinite().all()] == []
 
 
 def losses(folder, kind='loss', log='log.txt'):
@@ -393,8 +393,8 @@ def test_changed_total_batch_size_continues_at_the_right_row(bench):
     rows = seen(bench)
     stopped(bench, 4)
     for size, steps_done in ((64, 6), (256, 8)):
-        prelude = hook(bench, RECORD + f'    if trained > 2 * {size // 32}: signal.raise_signal(signal.SIGTERM)' if steps_done == 6 else RECORD)
-        go(bench, '--auto_resume', total_batch_size=size, prelude=prelude)
+        stop = '    if trained > 4: signal.raise_signal(signal.SIGTERM)' if steps_done == 6 else ''
+        go(bench, '--auto_resume', total_batch_size=size, prelude=hook(bench, RECORD + stop))
         assert steps(bench)[-1] == steps_done
     # 4 steps of 8 rows, 2 of 4 (and the micro-step in which the run was told to stop, done again), 2 of 16
     assert seen(bench) == rows[32:40] + rows[40:42] + rows[40:] + rows_of_epoch_after(bench, 72)
@@ -767,7 +767,8 @@ def paused(bench, phase, ranks):
 @pytest.mark.parametrize('phase, number, ranks, to', [
     *((phase, signal.SIGTERM, 0, 0) for phase in [*PHASES, 'saving', 'saving best']),
     *((phase, signal.SIGINT, 0, 0) for phase in ('training', 'sampling', 'saving')),
-    *((phase, signal.SIGTERM, 2, to) for phase, to in (('training', 0), ('training', 1), ('evaluation', 1), ('sampling', 0), ('saving', 1))),
+    *((phase, signal.SIGTERM, 2, 0) for phase in ('training', 'sampling')),
+    *((phase, signal.SIGTERM, 2, 1) for phase in ('training', 'evaluation', 'saving')),
     *((phase, signal.SIGINT, 2, None) for phase in ('training', 'evaluation', 'first evaluation', 'saving')),
 ])
 def test_signal(bench, phase, number, ranks, to):
@@ -924,11 +925,13 @@ def test_a_file_that_cannot_grow(bench, ranks):
     expected = straight(bench, ranks=ranks)
     size = checkpoint(bench, 2, expected).stat().st_size
     folder = stopped(bench, 4, ranks=ranks)
+    (folder / bench.case.log).rename(bench.cwd / 'log')  # it does get longer
     before = tree(folder)
+    shutil.copy(bench.cwd / 'log', folder / bench.case.log)
     run = go(bench, '--auto_resume', ranks=ranks, files_limit=size - 30000)
     says_no_space(run, bench.case.name('best') if bench.case.name('best') in run.err else bench.case.name(6))
     after = tree(folder)
-    assert {name: data for name, data in after.items() if name != bench.case.log} == {n: d for n, d in before.items() if n != bench.case.log}
+    assert after.pop(bench.case.log) and after == before
     go(bench, '--auto_resume', ranks=ranks).ok()
     same(bench, expected)
 
@@ -1011,7 +1014,7 @@ if os.environ.get('RANK') == '1' and os.environ.get('TORCHELASTIC_RESTART_COUNT'
     threading.Thread(target=wait, daemon=True).start()
 """)
     # Without the last of these torch 2.13 meets, after a restart, the addresses of the dead ranks in the launcher's store.
-    env = dict(os.environ, PYTHONPATH=str(bench.cwd / 'site'), OMP_NUM_THREADS='1', TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1')
+    env = dict(os.environ, PYTHONPATH=str(bench.cwd / 'site'), OMP_NUM_THREADS='1')
     torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
     script = str(ROOT / bench.case.script)
     commands = ([*torchrun, '--max_restarts=2', script, *words(bench.case, ['--auto_resume'])],
@@ -1071,7 +1074,7 @@ def test_wandb(bench, ranks):
     assert steps(bench)[-1] == 4
     go(bench, '--auto_resume', '--wandb_log', ranks=ranks, prelude=WANDB).ok()
     lines = [json.loads(line) for line in (bench.cwd / 'wandb.jsonl').read_text().splitlines()]
-    assert [line for line in lines if 'rank' in line] == [dict(rank='0', id=None, project='mine'), dict(rank='0', id='abc123', project='mine')]
+    assert [line for line in lines if 'rank' in line] == [dict(rank='0', id=i, project='mine') for i in (None, 'abc123')]
     assert any(line.get('step') == 6 for line in lines) and (bench.cwd / 'imported').read_text() == '00'
     same(bench, straight(bench, ranks=ranks), ignore=['wandb_id'])
 
