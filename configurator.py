@@ -44,8 +44,8 @@ def print0(*words):
 
 
 def fail(message, code=2):
-    """End this rank with one line on stderr (rank 0 only) and an exit code: 2 for the user's mistakes, 1 for the machine's."""
-    if master:
+    """End this rank with one line on stderr (one rank of a node) and an exit code: 2 for the user's mistakes, 1 for the machine's."""
+    if os.environ.get('LOCAL_RANK', os.environ.get('RANK', '0')) == '0':
         print(' '.join(str(message).split()), file=sys.stderr, flush=True)
     elif 'TORCHELASTIC_RUN_ID' in os.environ:
         time.sleep(3)  # the launcher ends all ranks when the first one exits: let rank 0 speak
@@ -99,8 +99,9 @@ class Config(dict):
 
     def save(self, path):
         """Write the settings file that repeats this run."""
-        with open(path, 'w', encoding='utf-8') as file:
+        with open(path + '.tmp', 'w', encoding='utf-8') as file:
             file.writelines(f'{name} = {value!r}\n' for name, value in self.items() if name not in LAUNCH)
+        os.replace(path + '.tmp', path)
 
 
 def configure(namespace, argv=None, aliases=None):
@@ -210,8 +211,9 @@ def _converted(text, default):
         parts = re.findall(r"""\s*("[^"]*"|'[^']*'|[^,]+)""", inside)
         parts = [re.sub(r'^\{\s*name\s*:(.*)\}$', r'\1', part.strip()).strip(' \'"') for part in parts]
         parts = [part for part in parts if part]
-        like = default[0] if default else 0 if all(re.fullmatch(r'[-+]?\d+', part) for part in parts) else ''
-        return [_converted(part, like) for part in parts]
+        like = default[0] if default else 0 if all(re.fullmatch(r'[-+]?\d+(e\d+)?', part) for part in parts) else ''
+        values = [_converted(part, like) for part in parts]
+        return [int(v) if type(like) is int and abs(v) < 2 ** 63 and v == int(v) else v for v in values]  # 1e4
     if isinstance(default, (int, float)):
         return int(text) if re.fullmatch(r'\s*[-+]?\d+\s*', text) else float(text)
     return text

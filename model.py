@@ -6,6 +6,7 @@ published Conv1D ones. The head is the token embedding (tied), so it has no entr
 import json
 import math
 import os
+import random
 import shutil
 import zipfile
 from dataclasses import dataclass
@@ -197,7 +198,8 @@ class GPT(nn.Module):
                 if top_p < 1:
                     values, order = logits.sort(descending=True)
                     probabilities = values.softmax(1)
-                    outside = probabilities.cumsum(1) - probabilities >= top_p
+                    before = probabilities.cpu().cumsum(1).to(idx.device) - probabilities  # on a GPU it is not deterministic
+                    outside = before >= top_p
                     outside[:, 0] = False  # the likeliest id always stays
                     logits[outside.scatter(1, order, outside)] = -math.inf
                 feed = torch.multinomial(logits.softmax(1), 1, generator=generator)  # (B, 1)
@@ -335,6 +337,37 @@ def remove(path):
         os.unlink(path)
 
 
+def seed_generators(seed, rank, step):
+    """Seed this process's generators, all four kinds, from (seed, rank, step): ranks must not drop the same units."""
+    words = [int(word) for word in np.random.SeedSequence([seed, rank, step]).generate_state(4)]
+    torch.manual_seed(words[0] << 32 | words[1])  # the GPU's too
+    np.random.seed(words[2])
+    random.seed(words[3])
+
+
+def generator_states(device_type):
+    """The state of all of them as tensors and plain numbers: weights_only loading takes nothing else."""
+    _, keys, *numpy_rest = np.random.get_state()
+    version, words, gauss_next = random.getstate()
+    device = torch.empty(0, dtype=torch.uint8) if device_type == 'cpu' else getattr(torch, device_type).get_rng_state()
+    return dict(torch=torch.get_rng_state(), device_type=device_type, device=device, python=(version, torch.tensor(words), gauss_next),
+                numpy=(torch.from_numpy(keys.astype(np.int64)), *numpy_rest))
+
+
+def set_generator_states(states, device_type):
+    """Restore them; False, and nothing done, if they were taken on another kind of device."""
+    if states['device_type'] != device_type:
+        return False
+    torch.set_rng_state(states['torch'])
+    if device_type != 'cpu':
+        getattr(torch, device_type).set_rng_state(states['device'])
+    version, words, gauss_next = states['python']
+    random.setstate((version, tuple(words.tolist()), gauss_next))
+    keys, *numpy_rest = states['numpy']
+    np.random.set_state(('MT19937', keys.numpy().astype(np.uint32), *numpy_rest))
+    return True
+
+
 def sync(path):
     """Force a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -356,7 +389,7 @@ def write_whole(path, files):
         for name, content in files.items():
             content = content(temporary) if callable(content) else content
             with open(os.path.join(temporary, name) if name else temporary, 'wb') as file:
-                file.write(json.dumps(content, indent=1).encode()) if name.endswith('.json') else torch.save(content, file)
+                file.write(json.dumps(content, indent=1).encode()) if (name or path).endswith('.json') else torch.save(content, file)
             sync(os.path.join(temporary, name) if name else temporary)
         if is_folder:
             sync(temporary)

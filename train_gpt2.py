@@ -14,10 +14,8 @@ Two nodes (on the second one --node_rank=1; both must see log_dir):
 Interrupted, by whatever and at whatever moment:
     python train_gpt2.py --auto_resume
 """
-import json
 import math
 import os
-import random
 import re
 import shutil
 import signal
@@ -35,7 +33,8 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import configure, fail, master, nearby, print0
-from model import GPT, GPT_SIZES, PEAK_FLOPS, TOKENIZERS, GPTConfig, load_tokenizer, open_shards, read_whole, remove, shard_rows, write_whole
+from model import GPT, GPT_SIZES, PEAK_FLOPS, TOKENIZERS, GPTConfig, load_tokenizer, open_shards, shard_rows
+from model import generator_states, read_whole, remove, seed_generators, set_generator_states, write_whole
 
 # ---- settings ------------------------------------------------------------------------------------------------------
 # i/o
@@ -106,15 +105,16 @@ seed = 1337                      # of weights, data order, dropout and samples; 
 config = configure(globals(), aliases={'lr': 'max_lr', 'learning_rate': 'max_lr', 'max_grad_norm': 'grad_clip', 'save_steps': 'checkpoint_interval'})
 
 # ---- run folder ----------------------------------------------------------------------------------------------------
-run_dir, run_dir_typed = log_dir, 'log_dir' in config.given
+typed_now = set(config.given)  # a resume adds what was typed when the run began
+run_dir, run_dir_typed, log_name = log_dir, 'log_dir' in typed_now, 'log.txt'
 read_only = eval_only or generate != ''  # these modes read a checkpoint and start no run
 lenient = False                          # True: a typed checkpoint that cannot be read is a warning, not the end
 
 def checkpoint_path_of(step):
     return os.path.join(run_dir, 'model_best.pt' if step == 'best' else f'model_{step:05d}.pt')
 
-def checkpoint_of(files):  # {file name: content} -> one dict; a single file has the name ''
-    return files['']
+def checkpoint_of(path):  # one dict, whatever the files; ValueError if it is damaged
+    return read_whole(path)
 
 # ---- stored run (=) ------------------------------------------------------------------------------------------------
 # Which checkpoint this launch reads, if any. What was typed when that run began counts as typed again, unless anew.
@@ -127,8 +127,9 @@ def steps_on_disk(suffix=''):
 def read_checkpoint(path):
     """(checkpoint, '') or (None, what is wrong). A file of weights alone comes back as {'model': weights}."""
     try:
-        names = os.listdir(path) if os.path.isdir(path) else ['']
-        found = checkpoint_of({name: read_whole(os.path.join(path, name) if name else path) for name in names})
+        found = checkpoint_of(path if os.path.exists(path) or not os.path.isdir(path + '.old') else path + '.old')  # see write_whole
+        if not isinstance(found, dict) or not isinstance(found.get('model', found), dict):
+            raise ValueError('it holds no weights')
         found = found if 'model' in found else {'model': found}
         if 'step' in found and not (type(found['step']) is type(found['log_bytes']) is int and found['step'] >= 0 and type(found['ranks']) is list
                                     and type(found['config']) is type(found['given']) is dict):
@@ -158,8 +159,8 @@ resumed = checkpoint is not None and 'step' in checkpoint and not read_only
 if read_only and not checkpoint:
     fail(f'no readable checkpoint in {run_dir}: name one with --checkpoint_path{nearby(checkpoint_path_of(0))}')
 if resumed and checkpoint_path and not run_dir_typed:
-    run_dir = os.path.dirname(os.path.normpath(checkpoint_path))
-elif not (resumed or read_only or auto_resume or resume and not checkpoint_path) and steps_on_disk():
+    run_dir = os.path.dirname(os.path.normpath(checkpoint_path)) or '.'
+elif not (resumed or read_only or (auto_resume or resume) and not checkpoint_path) and steps_on_disk():
     fail(f'{run_dir} already holds a run ({os.path.basename(checkpoint_path_of(steps_on_disk()[-1]))}): add --auto_resume to continue it, '
          'or choose another folder for a new one')
 if checkpoint and 'step' in checkpoint:
@@ -184,13 +185,15 @@ shape = ('block_size', 'n_layer', 'n_head', 'n_embd')  # settings that a resumed
 rank_state, load_rank_state = lambda: {}, lambda stored: None  # what each rank alone knows beside its generators: nothing here
 if max(dropout, beta1, beta2) >= 1:
     fail('dropout, beta1 and beta2 must be less than 1')
+if any(type(s) is not int for s in permanent):
+    fail(f'permanent_checkpoints {permanent} must be whole numbers')
 if n_embd % n_head:
     fail(f'n_embd {n_embd} is not a multiple of n_head {n_head}')
 
 # ---- distributed (=) -----------------------------------------------------------------------------------------------
 ddp = 'RANK' in os.environ  # set by torchrun
 rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
-usable = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
+usable = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available() and not ddp, 'cpu': True}  # gloo knows no mps
 device = device or next(name for name in usable if usable[name])
 device_type = device.split(':')[0]
 if device_type not in usable:
@@ -199,7 +202,9 @@ if not usable[device_type]:
     print0(f'WARNING: --device={device}, but PyTorch sees none here: using the CPU')
     device = device_type = 'cpu'
 if device_type == 'cuda':
-    device = f'cuda:{local_rank}' if ddp else device
+    device = f'cuda:{local_rank}' if ddp else 'cuda:0' if device == 'cuda' else device
+    if device not in [f'cuda:{i}' for i in range(torch.cuda.device_count())]:
+        fail(f'no device {device}: this machine has {torch.cuda.device_count()} GPU(s)')
     torch.cuda.set_device(device)
 if ddp:
     store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), next(rendezvous('env://'))[0])  # dead workers' keys stay behind
@@ -229,37 +234,13 @@ if device_type == 'cuda':
 if deterministic:
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     torch.use_deterministic_algorithms(True)
-torch.manual_seed(seed)  # the same first weights on every rank; seed_rank comes after them
+torch.manual_seed(seed)  # the same first weights on every rank; each rank's own generators are seeded or restored after them
 stop_signal, trouble = 0, ''  # what poll() acts upon
-
-def seed_rank(step):
-    """Seed this rank's generators (dropout) from (seed, rank, step): ranks must not drop the same units."""
-    words = [int(word) for word in np.random.SeedSequence([seed, rank, step]).generate_state(4)]
-    torch.manual_seed(words[0] << 32 | words[1])  # the GPU's too
-    np.random.seed(words[2])
-    random.seed(words[3])
-
-def rng_state():
-    """All generators of this rank, as tensors and plain numbers: weights_only loading takes nothing else."""
-    _, keys, *numpy_rest = np.random.get_state()
-    version, words, gauss_next = random.getstate()
-    accelerator = getattr(torch, device_type) if device_type != 'cpu' else torch
-    return dict(torch=torch.get_rng_state(), device=accelerator.get_rng_state(), python=(version, torch.tensor(words), gauss_next),
-                numpy=(torch.from_numpy(keys.astype(np.int64)), *numpy_rest))
-
-def set_rng_state(state):
-    torch.set_rng_state(state['torch'])
-    if device_type != 'cpu':
-        getattr(torch, device_type).set_rng_state(state['device'])
-    version, words, gauss_next = state['python']
-    random.setstate((version, tuple(words.tolist()), gauss_next))
-    keys, *numpy_rest = state['numpy']
-    np.random.set_state(('MT19937', keys.numpy().astype(np.uint32), *numpy_rest))
 
 def on_signal(number, frame):
     global stop_signal
     stop_signal = number
-    signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process at once; SIGTERM may come from several sides
 
 for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, on_signal)
@@ -271,6 +252,8 @@ T = max_seq_length if dynamic_seq_length else block_size
 lengths = [min_seq_length << i for i in range(20) if min_seq_length << i <= T] if dynamic_seq_length else [T]
 if T > block_size or not lengths or lengths[-1] != T:
     fail(f'max_seq_length {max_seq_length} must be min_seq_length {min_seq_length} doubled some times, and at most block_size {block_size}')
+if 'total_batch_size' in typed_now and 'grad_accumulation_steps' not in typed_now:
+    config.assign('grad_accumulation_steps', 0)  # a stored one
 if grad_accumulation_steps:
     config.assign('total_batch_size', grad_accumulation_steps * batch_size * T)
     print0(f'total_batch_size = {total_batch_size:,} tokens ({grad_accumulation_steps} micro-batches of {batch_size * T:,})')
@@ -326,6 +309,7 @@ try:
     encoding = load_tokenizer(tokenizer['tokenizer'])
 except OSError as error:
     encoding = fail(error) if generate else print0(f'no samples: {error}')
+encoding = None if any(everyone(encoding is None)) else encoding  # all ranks sample or none
 
 # ---- model ---------------------------------------------------------------------------------------------------------
 if 0 < vocab_size < tokenizer['vocab_size']:
@@ -353,12 +337,15 @@ def load_training(checkpoint):
     """Everything else that state_files stored; ValueError if it does not belong to this data."""
     global first_step, first_row
     optimizer.load_state_dict(dict(optimizer.state_dict(), state=checkpoint['optimizer']['state']))  # the present lr, decay, betas stay
-    scaler.load_state_dict(checkpoint['scaler'])
+    if checkpoint['scaler']:  # empty if the run had another dtype
+        scaler.load_state_dict(checkpoint['scaler'])
     there, here = checkpoint['train_loader_state'], loader_state(0)
     for name in ('row_length', 'shards'):
         if there[name] != here[name]:
             raise ValueError(f'the data in {data_root} changed since, its {name} was {str(there[name])[:200]}: '
                              'resume with that data, or begin a new run in another folder')
+    if not all(type(there[name]) is int and there[name] >= 0 for name in ('epoch', 'row')):
+        raise ValueError(f'its data position is epoch {there["epoch"]}, row {there["row"]}')
     first_step, first_row = checkpoint['step'], there['epoch'] * train_rows + there['row']
 
 # ---- checkpoint (=) ------------------------------------------------------------------------------------------------
@@ -381,15 +368,15 @@ def log(line, prefix='', show=True):
         while data and log_descriptor >= 0:
             data = data[os.write(log_descriptor, data):]
     except OSError as error:
-        stop_signal, trouble = 1000, cannot_write(os.path.join(run_dir, 'log.txt'), error)  # all ranks end in poll()
+        stop_signal, trouble = 1000, cannot_write(os.path.join(run_dir, log_name), error)  # all ranks end in poll()
 
 def take_snapshot(top_done):
     return dict(step=step, top_done=top_done, log_bytes=os.fstat(log_descriptor).st_size if master else 0, progress=dict(progress),
-                rank=dict(rank_state(), rng=rng_state()))
+                rank=dict(rank_state(), rng=generator_states(device_type)))
 
 def rotate():
     """Delete what is no longer wanted, once what replaces it is on the disk. Damaged files neither count nor go."""
-    for s in steps_on_disk('.tmp'):
+    for s in [*steps_on_disk('.tmp'), 'best']:
         remove(checkpoint_path_of(s) + '.tmp')  # of a save that was killed
     steps = [s for s in steps_on_disk() if checkpoint_path_of(s) not in damaged]
     newest = 1 if keep == 1 and steps and read_checkpoint(checkpoint_path_of(steps[-1]))[0] else max(keep, 2)
@@ -436,7 +423,7 @@ def poll():
         leave(128 + int(told))
 
 # ---- resume (=) ----------------------------------------------------------------------------------------------------
-start_step, top_done, in_place, problem = 0, False, False, ''
+start_step, top_done, in_place, reseeded, problem = 0, False, False, True, ''
 if resumed:
     for name, old, new in config.changes(checkpoint['config'], checkpoint_file):
         if name in shape:
@@ -455,19 +442,20 @@ try:
         progress = {name: type(value)(checkpoint[name]) for name, value in progress.items()}
         known = checkpoint['ranks'][rank] if rank < len(checkpoint['ranks']) else None
         load_rank_state(known)
-        set_rng_state(known['rng']) if known is not None else seed_rank(start_step)
-        if len(checkpoint['ranks']) < world_size:
-            print0(f'ranks {len(checkpoint["ranks"])} to {world_size - 1} are new: their generators are seeded from (seed, rank, step)')
-    else:
-        seed_rank(0)
+        reseeded = known is None or not set_generator_states(known['rng'], device_type)
 except (ValueError, RuntimeError, TypeError, KeyError, IndexError, AttributeError) as error:  # what a file that does not fit provokes
     fail(f'{checkpoint_file} does not fit: {"no entry " if isinstance(error, KeyError) else ""}{str(error)[:400]}')
+if reseeded:
+    seed_generators(seed, rank, start_step)
+new_ranks = [r for r, new in enumerate(everyone(reseeded)) if new]
+if resumed and new_ranks:
+    print0(f'ranks {new_ranks} are new, or on another kind of device: their generators are seeded from (seed, rank, step)')
 if start_step > max_steps:
     fail(f'{checkpoint_file} is at step {start_step}, beyond max_steps {max_steps}')
 if len(set(everyone(start_step))) > 1:
     fail(f'the ranks found different checkpoints in {run_dir}: it must lie where all nodes see it')
 if master and not read_only:
-    log_path = os.path.join(run_dir, 'log.txt')
+    log_path = os.path.join(run_dir, log_name)
     try:
         os.makedirs(run_dir, exist_ok=True)
         in_place = resumed and os.path.samefile(os.path.dirname(os.path.normpath(checkpoint_file)) or '.', run_dir)
@@ -484,7 +472,7 @@ if master and not read_only:
                 print0(f'set aside as *.old, later than step {start_step}:', ', '.join(later))
         if not in_place and os.path.exists(log_path) and os.path.getsize(log_path):
             os.replace(log_path, log_path + '.old')
-            print0(f'set aside as log.txt.old, of a run without a checkpoint: {log_path}')
+            print0(f'set aside as {log_name}.old, of a run without a checkpoint: {log_path}')
         log_descriptor = os.open(log_path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         if in_place and os.fstat(log_descriptor).st_size > checkpoint['log_bytes']:
             os.ftruncate(log_descriptor, checkpoint['log_bytes'])  # what the steps to be repeated wrote
@@ -507,7 +495,7 @@ if wandb_log and master and not read_only:
 if compile:
     raw_model.compile()  # in place: the names in the state dict stay as they are, and raw_model.forward stays eager
 net = raw_model
-if ddp and not read_only:
+if ddp and not read_only and any(p.requires_grad for p in raw_model.parameters()):
     net = DistributedDataParallel(raw_model, device_ids=[local_rank] if device_type == 'cuda' else None, gradient_as_bucket_view=True)
 
 # ---- learning rate (=) ---------------------------------------------------------------------------------------------
@@ -548,7 +536,7 @@ def sample(text, seed):
         with autocast:
             ids = raw_model.generate(prompt, max_new_tokens, temperature, top_k, top_p, tokenizer['vocab_size'], tokenizer['eot'], generator)
         texts.append(encoding.decode([i for i in ids[0].tolist() if i != tokenizer['eot']]))
-    return [re.sub(r'[^\n\t -~\xa0-\uffff]', '\ufffd', text) for text in texts]  # no control codes on a terminal
+    return [re.sub(r'[^\n\t -~\xa0-\U0010ffff]', '\ufffd', text) for text in texts]  # no control codes on a terminal
 
 if read_only:
     step = checkpoint.get('step', 0)
@@ -557,21 +545,25 @@ if read_only:
     else:
         val_loss = evaluate()
         print0(f'step {step}/{max_steps} | val loss {val_loss:.4f}')
-        path = os.path.join(os.path.dirname(os.path.normpath(checkpoint_file)), 'eval.json')
-        if master:
-            with open(path, 'w', encoding='utf-8') as file:
-                json.dump(dict(step=step, val_loss=val_loss, val_tokens=val_rows * T, checkpoint=checkpoint_file, data_root=data_root), file)
+        path, report = os.path.join(os.path.dirname(os.path.normpath(checkpoint_file)), 'eval.json'), dict(
+            step=step, val_loss=val_loss, val_tokens=val_rows * T, checkpoint=checkpoint_file, data_root=data_root)
+        try:
+            if master:
+                write_whole(path, {'': report})
+        except OSError as error:
+            fail(cannot_write(path, error), 1)
         print0(f'wrote {path}')
     leave(0)
 
 # ---- training loop -------------------------------------------------------------------------------------------------
-commit = subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=os.path.dirname(os.path.abspath(__file__)), capture_output=True, text=True)
+describe = ['git', '-C', os.path.dirname(os.path.abspath(__file__)), 'describe', '--always', '--dirty']
+commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip() if shutil.which('git') else ''
 log('settings given: ' + ' '.join(f'{name}={value!r}' for name, value in config.typed().items()), prefix='# ', show=False)
 for line in (
     f'{sum(p.numel() for p in parameters):,} parameters: {n_layer} layers, {n_head} heads, width {n_embd}, {block_size} positions, {padded_vocab} ids',
     f'{total_batch_size:,} tokens per step = {batch_size} rows x {T} x {accumulation} micro-step(s) x {world_size} rank(s)',
     f'{train_rows * T:,} training tokens in {data_root}, {max_steps * rows_per_step / train_rows:.2f} epochs; {val_rows * T:,} validation tokens',
-    f'device {device} ({device_name}), dtype {dtype}, compile {compile}, torch {torch.__version__}, commit {commit.stdout.strip() or "unknown"}',
+    f'device {device} ({device_name}), dtype {dtype}, compile {compile}, torch {torch.__version__}, commit {commit or "unknown"}',
     f'run {run_name or run_dir}: ' + (f'resumed from {checkpoint_file} at step {start_step}' if resumed else
                                       f'weights from {checkpoint_file}' if checkpoint else f'new, random initialisation, seed {seed}'),
 ):
@@ -587,6 +579,8 @@ for step in range(start_step, max_steps + 1):
         if eval_interval > 0 and step % eval_interval == 0 or last:
             progress['val_loss'] = evaluate()
             log(f'step {step}/{max_steps} | val loss {progress["val_loss"]:.4f}')
+            if not math.isfinite(progress['val_loss']):
+                fail(f'step {step}: validation loss {progress["val_loss"]}; stopped, no checkpoint holds it (try a lower max_lr)', 1)
             if wandb_run:
                 wandb_run.log({'val/loss': progress['val_loss']}, step=step)
             if progress['val_loss'] < progress['best_val_loss']:
@@ -596,7 +590,7 @@ for step in range(start_step, max_steps + 1):
         if encoding and generate_interval > 0 < step and (step % generate_interval == 0 or last):
             for text in sample('', seed + step):
                 log(f'step {step}/{max_steps} | sample\n' + '\n'.join('    ' + line for line in text.splitlines()))
-    snapshot = take_snapshot(top_done=True)
+    snapshot = dict(take_snapshot(top_done=True), rank=snapshot['rank'])
     if step and (step > start_step or not top_done) and (save_every > 0 and step % save_every == 0 or step in permanent or last):
         save(checkpoint_path_of(step))
     if last:

@@ -325,3 +325,67 @@ def test_help(tmp_path):
     assert out.returncode == 0 and out.stderr == ''
     assert 'torchrun --standalone' in out.stdout and re.search(r'--max_lr=0\.0006 +peak learning rate', out.stdout)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_typed_total_beats_a_stored_accumulation(go):
+    base = [word for word in TINY if not word.startswith('--total_batch_size')]
+    go('--grad_accumulation_steps=3', base=base).ok()
+    run = go('--auto_resume', '--total_batch_size=128', '--max_steps=6', base=[]).ok()
+    assert '128 tokens per step' in run.out and 'total_batch_size 96 -> 128' in run.out
+
+
+def test_no_rank_waits_for_a_sample_that_another_cannot_draw(go):
+    """A tokenizer that is on one node only: no samples, not a hang."""
+    prelude = '''
+import model, os
+real = model.load_tokenizer
+def load_tokenizer(name):
+    if os.environ['RANK'] == '1':
+        raise OSError('not here')
+    return real(name)
+model.load_tokenizer = load_tokenizer
+'''
+    assert '| sample' not in go('--generate_interval=1', ranks=2, prelude=prelude, timeout=30).ok().out
+
+
+def test_without_git(go):
+    assert 'commit unknown' in go(env={'PATH': '/nonexistent'}).ok().out
+
+
+def test_permanent_steps_are_numbers(go):
+    run = go('--permanent_checkpoints', '1e0,3', '--checkpoint_interval=-1').ok()
+    assert sorted(path.name for path in (run.cwd / 'logs').glob('model_0*')) == ['model_00001.pt', 'model_00003.pt', 'model_00004.pt']
+    assert 'whole numbers' in go('--permanent_checkpoints=10k', '--log_dir=other').one_line()
+
+
+def test_a_hopeless_validation_loss_is_never_saved(go):
+    run = go('--max_lr=1e18', '--warmup_steps=0', '--eval_interval=1', '--grad_clip=0')
+    assert run.codes == [1] and 'stopped' in run.err and len(run.err.splitlines()) == 1
+    assert [path.name for path in (run.cwd / 'logs').glob('model_0*')] == []
+
+
+def test_weights_alone_start_no_second_run_in_a_folder(go, tmp_path):
+    go().ok()
+    torch.save(load(tmp_path / 'logs/model_00004.pt')['model'], tmp_path / 'weights.pt')
+    assert 'already holds a run' in go('--auto_resume', '--checkpoint_path=weights.pt').one_line()
+
+
+def test_resume_from_inside_the_run_folder(launcher, go, tmp_path):
+    go().ok()
+    run = launcher.run('train_gpt2.py', ['--resume', '--checkpoint_path=model_00002.pt', f'--data_root={tmp_path}/data'], cwd=tmp_path / 'logs').ok()
+    assert 'resumed from model_00002.pt at step 2' in run.out
+
+
+@pytest.mark.parametrize('content', [torch.zeros(3), ['model'], 3, {'model': [1]}], ids=str)
+def test_files_that_hold_something_else(go, tmp_path, content):
+    go().ok()
+    torch.save(content, tmp_path / 'logs/model_00009.pt')
+    run = go('--auto_resume', base=[]).ok()
+    assert 'WARNING: logs/model_00009.pt' in run.out and 'resumed from logs/model_00004.pt' in run.out
+    assert 'model_00009.pt' in go('--generate=x', '--checkpoint_path=logs/model_00009.pt', base=[]).one_line()
+
+
+def test_another_precision_on_resume(go):
+    go('--max_steps=2').ok()
+    run = go('--auto_resume', '--dtype=float16', '--max_steps=4', base=[]).ok()
+    assert load(run.cwd / 'logs/model_00004.pt')['scaler']['scale'] > 0
