@@ -370,9 +370,10 @@ def log(line, prefix='', show=True):
     except OSError as error:
         stop_signal, trouble = 1000, cannot_write(os.path.join(run_dir, log_name), error)  # all ranks end in poll()
 
-def take_snapshot(top_done):
-    return dict(step=step, top_done=top_done, log_bytes=os.fstat(log_descriptor).st_size if master else 0, progress=dict(progress),
-                rank=dict(rank_state(), rng=generator_states(device_type)))
+def take_snapshot(before=None):
+    """At the start of a step; again, given the first one, when its evaluation is done: the generators are those of the start."""
+    return dict(step=step, top_done=before is not None, log_bytes=os.fstat(log_descriptor).st_size if master else 0, progress=dict(progress),
+                rank=before['rank'] if before else dict(rank_state(), rng=generator_states(device_type)))
 
 def rotate():
     """Delete what is no longer wanted, once what replaces it is on the disk. Damaged files neither count nor go."""
@@ -411,16 +412,18 @@ def leave(code):
 def poll():
     """Has any rank been told to stop? Then write the last whole step and leave. Called by all ranks, between micro-steps
     and evaluation batches: what this step has drawn or summed up so far is forgotten and done again after the resume."""
-    told = torch.tensor(stop_signal)
+    told = stop_signal
     if ddp:
-        dist.all_reduce(told, dist.ReduceOp.MAX, group=cpu_group)
+        flag = torch.tensor(told)
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=cpu_group)
+        told = int(flag)
     if told == 1000:
         fail(trouble, 1)
     if told > 0:
-        print0(f'stopped by {signal.Signals(int(told)).name}')
+        print0(f'stopped by {signal.Signals(told).name}')
         if not read_only and not (resumed and snapshot['step'] == start_step and os.path.exists(checkpoint_path_of(start_step))):
             save(checkpoint_path_of(snapshot['step']))
-        leave(128 + int(told))
+        leave(128 + told)
 
 # ---- resume (=) ----------------------------------------------------------------------------------------------------
 start_step, top_done, in_place, reseeded, problem = 0, False, False, True, ''
@@ -574,7 +577,7 @@ raw_model.train()
 for step in range(start_step, max_steps + 1):
     # -- top: what looks at the model after `step` updates; nothing here changes the training
     last = step == max_steps
-    snapshot = take_snapshot(top_done=False)
+    snapshot = take_snapshot()
     if step > start_step or not top_done:
         if eval_interval > 0 and step % eval_interval == 0 or last:
             progress['val_loss'] = evaluate()
@@ -590,7 +593,7 @@ for step in range(start_step, max_steps + 1):
         if encoding and generate_interval > 0 < step and (step % generate_interval == 0 or last):
             for text in sample('', seed + step):
                 log(f'step {step}/{max_steps} | sample\n' + '\n'.join('    ' + line for line in text.splitlines()))
-    snapshot = dict(take_snapshot(top_done=True), rank=snapshot['rank'])
+    snapshot = take_snapshot(snapshot)
     if step and (step > start_step or not top_done) and (save_every > 0 and step % save_every == 0 or step in permanent or last):
         save(checkpoint_path_of(step))
     if last:

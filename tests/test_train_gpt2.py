@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 from harness import ROOT, clean_log, differences, load, make_text_data
+from test_configurator import GUIDES
 
 TINY = ['--data_root=data', '--block_size=16', '--n_layer=2', '--n_head=2', '--n_embd=16', '--batch_size=2', '--total_batch_size=128', '--max_steps=4',
         '--warmup_steps=2', '--max_lr=1e-2', '--val_tokens=256', '--eval_interval=2', '--checkpoint_interval=2', '--generate_interval=4', '--max_new_tokens=8',
@@ -122,7 +123,7 @@ def test_val_loss_does_not_depend_on_batch_or_ranks(go):
     for i, how in enumerate((['--batch_size=1'], ['--batch_size=2'], ['--batch_size=4'], ['--batch_size=4', 'ranks'])):
         ranks = 2 if how[-1] == 'ranks' else 0
         run = go(how[0], f'--log_dir=v{i}', '--max_steps=0', '--val_tokens=250', ranks=ranks).ok()
-        val = json.loads(json.dumps(load(run.cwd / f'v{i}/model_best.pt')['val_loss']))
+        val = load(run.cwd / f'v{i}/model_best.pt')['val_loss']
         assert val == pytest.approx(expected or val, rel=1e-6)
         expected = val
     assert '240 validation tokens' in run.out
@@ -254,23 +255,8 @@ def test_hostile_entries_end_in_one_line_for_the_modes_too(go, tmp_path):
 
 
 # ---- every command of the guides that names this script (the paths are today's), with a tiny model and two steps
-GUIDE = '''
-python train_gpt2.py
-python train_gpt2.py --batch_size 16 --max_lr 3e-4 --max_steps 40000 --checkpoint_interval 1000
-python train_gpt2.py --auto_resume
-python train_gpt2.py --resume --checkpoint_path log/model_20000.pt
-python train_gpt2.py --checkpoint_interval 1000 --keep_last_n_checkpoints 5 --permanent_checkpoints 10000,20000,30000
-torchrun --standalone --nproc_per_node=4 train_gpt2.py
-python train_gpt2.py --device cuda --compile --data_root data --num_workers 4 --log_dir logs --wandb_log --wandb_project x
-python train_gpt2.py --min_lr 6e-5 --decay_lr --weight_decay 0.1 --grad_clip 1.0 --grad_accumulation_steps 8
-python train_gpt2.py --batch_size 8 --grad_accumulation_steps 8 --dtype bfloat16
-python train_gpt2.py --checkpoint_interval 500 --eval_interval 100 --log_level debug
-python train_gpt2.py --run_name gpt2_lr3e-4_bs16 --save_config --log_dir logs/experiment_001
-python train_gpt2.py --max_steps 10 --eval_interval 5 --log_gradients --data_root test_data/
-python train_gpt2.py --lr_scheduler cosine_with_restarts --lr_restarts 3
-python train_gpt2.py --dynamic_seq_length --min_seq_length 128 --max_seq_length 1024
-python train_gpt2.py --max_lr=6e-4
-'''.strip().splitlines()
+GUIDE = [line for line in GUIDES.splitlines() if ' train_gpt2.py' in line
+         and not re.search('--model_parallel|--nproc_per_node=gpu|--nnodes', line)]  # a setting to come; GPUs; test_two_nodes
 
 
 @pytest.mark.parametrize('line', GUIDE)
