@@ -30,7 +30,7 @@ import tokenize
 import warnings
 
 # How a run was launched, not what it is: neither stored for a resume nor written to its config.py.
-LAUNCH = ('auto_resume', 'resume', 'checkpoint_path', 'eval_only', 'generate', 'ask')
+LAUNCH = ('auto_resume', 'resume', 'checkpoint_path', 'eval_only', 'generate', 'export', 'ask')
 BOOLS = {'true': True, '1': True, 'false': False, '0': False}
 master = os.environ.get('RANK', '0') == '0'
 if hasattr(sys.stdout, 'reconfigure'):

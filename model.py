@@ -3,6 +3,7 @@
 Parameter names are those of the published checkpoints; weights of linear layers are (out, in), the transpose of the
 published Conv1D ones. The head is the token embedding (tied), so it has no entry of its own in the state dict.
 """
+import hashlib
 import json
 import math
 import os
@@ -38,18 +39,19 @@ class GPTConfig:
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0     # probability, in training only
+    activation: str = 'gelu_new'  # GPT-2's, a tanh approximation; 'gelu' is the exact one (nanoGPT's checkpoints)
 
 
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.dropout = config.n_head, config.dropout
+        self.head_size, self.dropout = config.n_embd // config.n_head, config.dropout
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key and value in one product
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x, cache=None):
-        B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        B, T, _ = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, -1, self.head_size).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         mask = None
         if cache is not None:  # keys and values of the tokens before these
             if self in cache:
@@ -57,20 +59,42 @@ class CausalSelfAttention(nn.Module):
                 mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)
             cache[self] = k, v
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=self.dropout if self.training else 0.0)
-        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
-        return F.dropout(y, self.dropout, self.training)
+        return F.dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, -1)), self.dropout, self.training)
+
+
+class GELU(torch.autograd.Function):
+    """GPT-2's GELU, x/2 (1 + tanh(u)) with u = sqrt(2/pi) (x + 0.044715 x^3), as x sigmoid(2u): for CPUs, whose tanh is slow.
+    A training step of the tiny model is 5% shorter with it than with F.gelu(approximate='tanh'), 9% if both are compiled."""
+
+    @staticmethod
+    def forward(ctx, x):
+        a = 2 * math.sqrt(2 / math.pi)
+        slope = (x * x).mul_(a * 0.044715).add_(a)  # 2u = x slope
+        gate = (x * slope).sigmoid_()
+        y = x * gate
+        slope.mul_(3).sub_(2 * a).mul_(y)           # x gate d2u/dx, and in what follows dy/dx = gate + x gate (1 - gate) d2u/dx
+        ctx.save_for_backward(slope.addcmul_(slope, gate, value=-1).add_(gate))
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream):
+        derivative, = ctx.saved_tensors
+        return upstream * derivative
 
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.dropout = config.dropout
+        assert config.activation in ('gelu_new', 'gelu'), f'unknown activation {config.activation!r}'
+        self.dropout, self.tanh = config.dropout, config.activation == 'gelu_new'
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
-        x = self.c_proj(F.gelu(self.c_fc(x), approximate='tanh'))  # GPT-2's GELU is the tanh approximation
-        return F.dropout(x, self.dropout, self.training)
+        x = self.c_fc(x)
+        x = GELU.apply(x) if self.tanh and x.device.type == 'cpu' and x.dtype.itemsize >= 4 else F.gelu(x, approximate='tanh' if self.tanh else 'none')
+        return F.dropout(self.c_proj(x), self.dropout, self.training)
 
 
 class Block(nn.Module):
@@ -100,20 +124,25 @@ class HeadLoss(torch.autograd.Function):
     def forward(ctx, x, weight, targets, need_gradients):
         total = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
         dx, dweight = (torch.empty_like(x), torch.zeros_like(weight)) if need_gradients else (None, None)
-        rows = max(1, LOGITS_AT_ONCE // weight.size(0))
+        compute = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        x, weight = x.to(compute), weight.to(compute)
+        slices = min(len(x), -(-len(x) * len(weight) // LOGITS_AT_ONCE))
+        rows = -(-len(x) // slices)  # of like size: a short last one would read all weights for little
         for x_part, dx_part, t in zip(x.split(rows), (dx if need_gradients else x).split(rows), targets.split(rows), strict=True):
-            logits = F.linear(x_part, weight)
-            logits = logits.to(total.dtype)  # (n, V); a sum over 50,000 exponentials wants float32
-            counts = t >= 0
-            t = t.clamp(min=0).unsqueeze(1)
-            normalizer = logits.logsumexp(1, keepdim=True)
-            total = total + ((normalizer - logits.gather(1, t)).squeeze(1) * counts).sum()
+            logits = F.linear(x_part, weight).to(total.dtype)  # (n, V); a sum over 50,000 exponentials wants float32
+            t = t.unsqueeze(1)
+            counts, t = (t >= 0).to(total.dtype), t.clamp(min=0)
+            picked, top = logits.gather(1, t), logits.amax(1, keepdim=True)
+            exponentials = logits.sub_(top).exp_()             # in place: the slice is the largest tensor there is
+            sums = exponentials.sum(1, keepdim=True)
+            total = total + ((sums.log() + top - picked) * counts).sum()
             if need_gradients:
-                dlogits = logits.sub_(normalizer).exp_()  # softmax, in place of the logits
-                dlogits.scatter_add_(1, t, -torch.ones_like(t, dtype=dlogits.dtype)).mul_(counts.unsqueeze(1))
-                dlogits = dlogits.to(x.dtype)
-                dx_part.copy_(F.linear(dlogits, weight.t()))
-                dweight += F.linear(dlogits.t(), x_part.t())
+                dlogits = exponentials.mul_(counts / sums).scatter_add_(1, t, -counts).to(compute)
+                dx_part.copy_(torch.mm(dlogits, weight))
+                if compute == dweight.dtype:
+                    dweight.addmm_(dlogits.t(), x_part)
+                else:
+                    dweight += torch.mm(dlogits.t(), x_part)
         ctx.gradients = dx, dweight
         return total
 
@@ -173,6 +202,31 @@ class GPT(nn.Module):
         n = sum(p.numel() for p in self.parameters()) - self.transformer.wpe.weight.numel()
         return 6 * n + 12 * self.config.n_layer * self.config.n_embd * T
 
+    @classmethod
+    def from_pretrained(cls, source, **changes):
+        """The model of a name such as 'gpt2' (see find_gpt) or of any path that read_gpt reads; changes: dropout, say."""
+        found = read_gpt(find_gpt(source))
+        names = GPTConfig.__dataclass_fields__
+        model = cls(GPTConfig(**{name: value for name, value in {**found['config'], **changes}.items() if name in names}))
+        model.load_state_dict(found['model'])
+        return model
+
+    @torch.no_grad()
+    def ending_losses(self, rows):
+        """rows: [(ids, n)] -> (len(rows),) float32, the sum of -log p of the last n ids of each, in nats. What does not fit
+        into block_size is cut off in front."""
+        rows = [(ids[-self.config.block_size - 1:], min(n, self.config.block_size, len(ids) - 1)) for ids, n in rows]
+        device, longest = self.transformer.wte.weight.device, max(len(ids) for ids, _ in rows)
+        tokens = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in rows], device=device)  # (B, T + 1), padded on the right
+        place = torch.arange(1, longest, device=device)
+        end, n = torch.tensor([(len(ids), n) for ids, n in rows], device=device).t().unsqueeze(2)  # each (B, 1)
+        counts = (place < end) & (place >= end - n)  # (B, T)
+        x, targets = self.hidden(tokens[:, :-1])[counts], tokens[:, 1:][counts]  # only these positions need logits
+        weight = self.transformer.wte.weight
+        parts = zip(x.split(max(1, LOGITS_AT_ONCE // len(weight))), targets.split(max(1, LOGITS_AT_ONCE // len(weight))), strict=True)
+        losses = torch.cat([F.cross_entropy(F.linear(x_part, weight).float(), t, reduction='none') for x_part, t in parts])
+        return torch.zeros(len(rows), device=device).index_add_(0, counts.nonzero()[:, 0], losses)
+
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, n_vocab=0, eot=-1, generator=None):
         """Continue idx (B, T) by up to max_new_tokens ids, each step from the last position alone with a key-value cache.
@@ -210,6 +264,265 @@ class GPT(nn.Module):
                 break
         self.train(mode)
         return idx
+
+
+CONV1D = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')  # (in, out) in published files
+
+
+def find_gpt(source):
+    """Path of the weights that `source` names: a file or folder as it is; 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl' or any
+    'owner/name' of the Hugging Face hub is taken from its local cache, else downloaded. OSError says what failed."""
+    if os.path.exists(source):
+        return source
+    repository = f'openai-community/{source}' if source in GPT_SIZES and source != 'tiny' else source
+    if repository.count('/') != 1:
+        raise OSError(f'{source} does not exist and is no model of the hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl, owner/name)')
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise OSError(f"{source}: to download it pip install -e '.[data]', or name a folder that holds its config.json and model.safetensors") from None
+    try:
+        patterns = dict(allow_patterns=['config.json', 'model*.safetensors', 'model.safetensors.index.json'])
+        try:
+            return snapshot_download(repository, local_files_only=True, **patterns)
+        except OSError:
+            return snapshot_download(repository, **patterns)
+    except Exception as error:  # the hub's own errors, the network's, a bad name
+        raise OSError(f'{source} was not downloaded from the hub ({type(error).__name__}: {str(error).splitlines()[0]:.200}); '
+                      'a folder that holds its config.json and model.safetensors works too') from error
+
+
+def read_safetensors(path):
+    """{name: tensor} of a .safetensors file, or of a folder with model.safetensors, in one file or in several."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    files = [path]
+    if os.path.isdir(path):
+        index = os.path.join(path, 'model.safetensors.index.json')
+        names = ['model.safetensors']
+        if os.path.exists(index):
+            try:
+                names = sorted({os.path.basename(name) for name in read_whole(index)['weight_map'].values()})  # an index cannot lead out of its folder
+            except (KeyError, TypeError, AttributeError) as error:
+                raise ValueError('its model.safetensors.index.json holds no weight_map') from error
+        files = [os.path.join(path, name) for name in names]
+    try:
+        return {name: tensor for file in files for name, tensor in load_file(file).items()}
+    except SafetensorError as error:
+        raise ValueError(f'{error}') from error
+
+
+def read_gpt(path, whole=False):
+    """GPT-2 weights as {'model': state dict of GPT, 'config': its shape in GPTConfig's names}, from a checkpoint of this repository
+    (if `whole`, all of it as it is), a folder or .safetensors of the transformers library, nanoGPT's ckpt.pt, or a bare state
+    dict, which tells n_head only if its size is a published one; with or without the prefixes of torch.compile and DDP.
+    ValueError if it is none of these or does not fit together."""
+    config = {}
+    if os.path.isdir(path) or path.endswith('.safetensors'):
+        try:
+            config = read_whole(os.path.join(path if os.path.isdir(path) else os.path.dirname(path), 'config.json'))
+            weights = read_safetensors(path)
+        except FileNotFoundError as error:
+            raise ValueError(f'it lacks {os.path.basename(error.filename or str(error))}') from error
+        if not isinstance(config, dict):
+            raise ValueError('its config.json holds no settings')
+        fixed = dict(model_type='gpt2', layer_norm_epsilon=1e-5, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
+                     add_cross_attention=False, tie_word_embeddings=True)
+        for name, value in fixed.items():
+            if config.get(name, value) != value:
+                raise ValueError(f'config.json says {name} {config[name]!r}, this model has {value!r}')
+        config['activation'] = {'gelu_new': 'gelu_new', 'gelu_pytorch_tanh': 'gelu_new', 'gelu': 'gelu'}.get(config.get('activation_function', 'gelu_new'))
+        if not config['activation']:
+            raise ValueError(f'config.json says activation_function {config["activation_function"]!r}, known are gelu_new and gelu')
+    else:
+        found = read_whole(path)
+        if not isinstance(found, dict) or not isinstance(found.get('model', found), dict):
+            raise ValueError('it holds no weights')
+        if whole and 'step' in found:
+            return found
+        weights = found.get('model', found)
+        if isinstance(found.get('model_args'), dict):  # nanoGPT's, whose activation is the exact GELU
+            config = dict(found['model_args'], activation='gelu')
+        elif isinstance(found.get('config'), dict):
+            config = found['config']
+    ours = {}
+    for name, tensor in weights.items():
+        while name.startswith(('_orig_mod.', 'module.', 'transformer.')):
+            name = name.split('.', 1)[1]
+        if not torch.is_tensor(tensor) or not tensor.is_floating_point() and not name.endswith('attn.bias'):
+            raise ValueError(f'its entry {name!r} is no weight')
+        if not name.endswith(('.attn.bias', '.attn.masked_bias')):  # the causal mask, which old files hold
+            ours[name] = tensor.float()
+    if not {'wte.weight', 'wpe.weight', 'h.0.attn.c_attn.weight'} <= ours.keys():
+        raise ValueError(f'it holds no GPT-2 weights but {sorted(ours)[:3]}')
+    head = ours.pop('lm_head.weight', ours['wte.weight'])
+    if not torch.equal(head, ours['wte.weight']):
+        raise ValueError('its lm_head.weight differs from wte.weight, here they are one')
+    (vocab, C), block_size = ours['wte.weight'].shape, len(ours['wpe.weight'])
+    if ours['h.0.attn.c_attn.weight'].shape == (C, 3 * C):
+        ours = {name: tensor.t().contiguous() if name.endswith(CONV1D) else tensor for name, tensor in ours.items()}
+    n_layer = len({name.split('.')[1] for name in ours if name.startswith('h.')})
+    shape = dict(block_size=block_size, vocab_size=vocab, n_layer=n_layer, n_embd=C)
+    with torch.device('meta'):
+        expected = {name.removeprefix('transformer.'): p.shape for name, p in GPT(GPTConfig(n_head=1, **shape)).named_parameters()}
+    published = {(size['n_layer'], size['n_embd']): size['n_head'] for size in GPT_SIZES.values()}.get((n_layer, C), 0)
+    n_head, shape['activation'] = config.get('n_head', published), config.get('activation', 'gelu_new')
+    if type(n_head) is not int or n_head < 0 or n_head and C % n_head or shape['activation'] not in ('gelu_new', 'gelu'):
+        raise ValueError(f'it says n_head {n_head!r} and activation {shape["activation"]!r} at a width of {C}')
+    if n_head:  # a bare state dict of a size of one's own cannot tell
+        shape['n_head'] = n_head
+    for name, size in expected.items():
+        if name not in ours and name.endswith('bias'):
+            ours[name] = torch.zeros(size)  # nanoGPT's bias=False
+    for name in sorted(expected.keys() | ours.keys()):
+        if name not in ours or name not in expected or ours[name].shape != expected[name]:
+            raise ValueError(f'{name} is {tuple(ours[name].shape) if name in ours else "missing"}, expected '
+                             f'{tuple(expected[name]) if name in expected else "no such weight"}')
+    return {'model': {'transformer.' + name: ours[name] for name in expected}, 'config': shape}
+
+
+def fit_weights(weights, block_size, vocab_size, n_vocab):
+    """The state dict for a shorter block_size and for other padding (to vocab_size) of a vocabulary of n_vocab ids. New ids get the
+    mean of all embeddings: with zeros they would be the likeliest ids, since GPT-2's logits are all far below zero.
+    ValueError if it is not made for n_vocab ids, or too short."""
+    weights, wte, wpe = dict(weights), weights['transformer.wte.weight'], weights['transformer.wpe.weight']
+    if not n_vocab <= len(wte) <= max(vocab_size, -(-n_vocab // 64) * 64):
+        raise ValueError(f'it has {len(wte)} ids, the tokenizer has {n_vocab}')
+    if block_size > len(wpe):
+        raise ValueError(f'it has {len(wpe)} positions, fewer than block_size {block_size}')
+    new = vocab_size - len(wte)
+    weights['transformer.wte.weight'] = torch.cat((wte, wte.mean(0, keepdim=True).expand(new, -1))) if new > 0 else wte[:vocab_size]
+    weights['transformer.wpe.weight'] = wpe[:block_size]
+    return weights
+
+
+def export_files(weights, config, tokenizer):
+    """{name: content} of a folder that transformers' GPT2LMHeadModel.from_pretrained loads (see write_whole), from a state dict of
+    GPT and its GPTConfig. The padding of the vocabulary is left out. GPT-2's tokenizer is put in, if it is the model's, so that
+    lm-eval needs nothing else."""
+    from safetensors.torch import save
+    n_vocab, eot = tokenizer['vocab_size'], tokenizer['eot']
+    weights = dict(weights, **{'transformer.wte.weight': weights['transformer.wte.weight'][:n_vocab]})
+    weights = {name: (tensor.t() if name.endswith(CONV1D) else tensor).detach().cpu().contiguous() for name, tensor in weights.items()}
+    files = {'model.safetensors': save(weights, metadata={'format': 'pt'}), 'config.json': dict(
+        architectures=['GPT2LMHeadModel'], model_type='gpt2', activation_function=config.activation, n_positions=config.block_size,
+        vocab_size=n_vocab, n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd, n_inner=None, layer_norm_epsilon=1e-5,
+        attn_pdrop=config.dropout, embd_pdrop=config.dropout, resid_pdrop=config.dropout, bos_token_id=eot, eos_token_id=eot,
+        tie_word_embeddings=True, dtype='float32')}
+    if tokenizer['tokenizer'] == 'gpt2':
+        load_tokenizer('gpt2')
+        for name, url in (('vocab.json', 'encoder.json'), ('merges.txt', 'vocab.bpe')):  # tiktoken keeps a file under its address's SHA-1
+            address = f'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{url}'
+            with open(os.path.join(os.environ['TIKTOKEN_CACHE_DIR'], hashlib.sha1(address.encode()).hexdigest()), 'rb') as file:
+                files[name] = file.read()
+        files['tokenizer_config.json'] = dict(tokenizer_class='GPT2Tokenizer', model_max_length=config.block_size)
+    return files
+
+
+# Tensor parallelism (Shoeybi et al. 2019, Megatron-LM, arXiv 1909.08053): each rank of a mesh has some heads of every attention and
+# some hidden units of every MLP; the results of the two c_proj are summed over the ranks. Everything else is on all of them.
+
+def tensor_parallel(model, mesh):
+    """Split a GPT in place over a one-dimensional DeviceMesh: its matrices become DTensors. n_head must be a multiple of its size."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module  # a second of imports
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(_by_rank(name, p, mesh.size()))
+    for block in model.transformer.h:
+        parallelize_module(block, mesh, {'attn.c_attn': ColwiseParallel(), 'attn.c_proj': RowwiseParallel(),
+                                         'mlp.c_fc': ColwiseParallel(), 'mlp.c_proj': RowwiseParallel()})
+
+
+def _by_rank(name, tensor, ranks, back=False):
+    """c_attn's rows are q, k, v of all heads; a rank gets a contiguous piece of them, so each piece has to be q, k, v of some heads."""
+    if '.c_attn.' not in name:
+        return tensor
+    return tensor.unflatten(0, (ranks, 3, -1) if back else (3, ranks, -1)).transpose(0, 1).flatten(0, 2)
+
+
+def whole(name, tensor):
+    """The full tensor of a parameter's own, or of the same shape, that tensor_parallel split (all ranks must call); others as they are."""
+    return _by_rank(name, tensor.full_tensor(), tensor.device_mesh.size(), back=True) if hasattr(tensor, 'full_tensor') else tensor
+
+
+def part(model, name, tensor):
+    """The reverse of `whole`: what this rank keeps of the full `tensor` of the parameter called `name`."""
+    p = model.get_parameter(name)
+    if not hasattr(p, 'full_tensor') or tensor.shape != p.shape:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(_by_rank(name, tensor, p.device_mesh.size()), p.device_mesh, p.placements, src_data_rank=None)
+
+
+def whole_weights(model):
+    """state_dict with full tensors."""
+    return {name: whole(name, p) for name, p in model.state_dict().items()}
+
+
+def load_whole_weights(model, weights):
+    """load_state_dict of full tensors."""
+    model.load_state_dict({name: part(model, name, tensor) for name, tensor in weights.items()})
+
+
+def optimizer_state(model, optimizers):
+    """The state of several torch.optim optimizers by the names of the parameters, full tensors, whichever optimizer has which."""
+    names = {p: name for name, p in model.named_parameters()}
+    return dict(state={names[p]: {key: whole(names[p], value) for key, value in state.items()} for o in optimizers for p, state in o.state.items()},
+                param_groups=[dict(group, params=[names[p] for p in group['params']]) for o in optimizers for group in o.param_groups])
+
+
+def load_optimizer_state(model, optimizers, stored):
+    """Load what optimizer_state returned, without its groups. ValueError if it was another kind of optimizer."""
+    names = {p: name for name, p in model.named_parameters()}
+    for o in optimizers:
+        order = [names[p] for group in o.param_groups for p in group['params']]  # a state_dict numbers them in this order
+        state = {i: {key: part(model, name, value) for key, value in stored['state'][name].items()} for i, name in enumerate(order)}
+        expected = {'momentum_buffer'} if isinstance(o, torch.optim.Muon) else {'step', 'exp_avg', 'exp_avg_sq'}
+        if any(now.keys() != expected for now in state.values()):
+            raise ValueError(f'the state of its optimizer is not that of {type(o).__name__}')
+        o.load_state_dict(dict(o.state_dict(), state=state))
+
+
+def sum_gradients(parameters, mesh):
+    """Sum the gradients of every parameter over a one-dimensional DeviceMesh of data-parallel copies."""
+    for p in parameters:
+        if p.grad is not None:
+            torch.distributed.all_reduce(p.grad.to_local() if hasattr(p.grad, 'full_tensor') else p.grad, group=mesh.get_group())
+
+
+def total_norm(gradients):
+    """The norm of all numbers in these tensors, as torch.nn.utils.get_total_norm, which takes no mixture of split and other ones."""
+    if not any(hasattr(g, 'full_tensor') for g in gradients):
+        return torch.nn.utils.get_total_norm(gradients)
+    norms = [torch.linalg.vector_norm(g) for g in gradients]
+    return torch.linalg.vector_norm(torch.stack([n.full_tensor() if hasattr(n, 'full_tensor') else n for n in norms]))
+
+
+def hellaswag_scores(items, losses):
+    """(acc, acc_norm): how often the likeliest of the four endings is the right one, by the sum and by the mean of its tokens'
+    -log p; losses: those sums, of every ending of every item in order."""
+    sums, labels = np.array(losses).reshape(-1, 4), np.array([label for _, _, label in items])
+    means = sums / np.array([[len(ending) for ending in endings] for _, endings, _ in items])
+    return float((sums.argmin(1) == labels).mean()), float((means.argmin(1) == labels).mean())
+
+
+def open_hellaswag(folder, encoding):
+    """[(context ids, [ids of each ending], number of the right one)] of a folder that prepare/hellaswag.py wrote, as build-nanogpt
+    renders them: an ending begins with a blank, nothing stands before the context. ValueError names file and line."""
+    path, items, number = os.path.join(folder, 'hellaswag_val.jsonl'), [], 0
+    try:
+        with open(path, 'rb') as file:
+            for number, line in enumerate(file, 1):  # noqa: B007  named in the message
+                item = json.loads(line)
+                if not (isinstance(item['ctx'], str) and len(item['endings']) == 4 and type(item['label']) is int and 0 <= item['label'] < 4):
+                    raise ValueError('expected ctx, four endings and a label from 0 to 3')
+                endings = [encoding.encode_ordinary(' ' + ending) for ending in item['endings']]
+                items.append((encoding.encode_ordinary(item['ctx']), endings, item['label']))
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f'{path} line {number}: {error}' if number else f'{path}: {error}') from error
+    if not items:
+        raise ValueError(f'{path} holds no items')
+    return items
 
 
 def load_tokenizer(name, download=False):
@@ -378,7 +691,7 @@ def sync(path):
 def write_whole(path, files):
     """Write {'': content} as the file `path`, or {name: content} as a folder of files: whole or absent, also after a power cut.
 
-    Everything goes to path.tmp, is forced to the disk and then renamed. Content: JSON if the name ends so, else torch.save; a
+    Everything goes to path.tmp, is forced to the disk and then renamed. Content: bytes, JSON if the name ends so, else torch.save; a
     callable is called last with the folder for content that is made of the files before it. OSError or RuntimeError (which
     torch.save raises) if the disk is full; path.tmp is gone then."""
     temporary, is_folder = path + '.tmp', '' not in files
@@ -389,7 +702,9 @@ def write_whole(path, files):
         for name, content in files.items():
             content = content(temporary) if callable(content) else content
             with open(os.path.join(temporary, name) if name else temporary, 'wb') as file:
-                file.write(json.dumps(content, indent=1).encode()) if (name or path).endswith('.json') else torch.save(content, file)
+                if (name or path).endswith('.json') and not isinstance(content, bytes):
+                    content = json.dumps(content, indent=1).encode()
+                file.write(content) if isinstance(content, bytes) else torch.save(content, file)
             sync(os.path.join(temporary, name) if name else temporary)
         if is_folder:
             sync(temporary)

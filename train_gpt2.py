@@ -30,11 +30,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import configure, fail, master, nearby, print0
-from model import GPT, GPT_SIZES, PEAK_FLOPS, TOKENIZERS, GPTConfig, load_tokenizer, open_shards, shard_rows
-from model import generator_states, read_whole, remove, seed_generators, set_generator_states, write_whole
+from model import GPT, GPT_SIZES, PEAK_FLOPS, TOKENIZERS, GPTConfig, hellaswag_scores, load_tokenizer, open_hellaswag, open_shards, shard_rows
+from model import export_files, find_gpt, fit_weights, load_optimizer_state, load_whole_weights, optimizer_state, read_gpt, whole_weights
+from model import sum_gradients, tensor_parallel, total_norm
+from model import generator_states, remove, seed_generators, set_generator_states, write_whole
 
 # ---- settings ------------------------------------------------------------------------------------------------------
 # i/o
@@ -51,14 +54,17 @@ dynamic_seq_length = False       # draw each step's sequence length; tokens per 
 min_seq_length = 128             # shortest drawn length, tokens; the others are its doublings
 max_seq_length = 1024            # longest drawn length, tokens
 # model
+init_from = 'scratch'            # or published weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a path (see read_gpt)
 model = 'gpt2'                   # tiny | gpt2 | gpt2-medium | gpt2-large | gpt2-xl; fills in whatever is not typed
 block_size = 1024                # longest sequence, tokens
 vocab_size = -1                  # ids; -1 = the data's, rounded up to a multiple of 64
 n_layer = 12                     # blocks
 n_head = 12                      # attention heads, must divide n_embd
 n_embd = 768                     # width
+activation = 'gelu_new'          # gelu_new | gelu; GPT-2's tanh approximation, or the exact one (nanoGPT's checkpoints)
 dropout = 0.0                    # probability; 0 = off, right for pretraining
 # optimization
+optimizer = 'adamw'              # adamw | muon; muon on the matrices of the blocks, AdamW on the rest
 max_lr = 6e-4                    # peak learning rate
 min_lr = -1.0                    # final learning rate, 0 = nothing; -1 = max_lr / 10
 warmup_steps = 2000              # steps of linear warmup; 0 = none
@@ -74,8 +80,11 @@ grad_clip = 1.0                  # largest gradient norm; 0 = no clipping
 eval_interval = 250              # steps between evaluations; -1 = only at the end
 val_tokens = 10485760            # validation tokens, a fixed number whatever the batch and the ranks; 0 = all
 eval_only = False                # print the validation loss of a checkpoint, write eval.json, exit
+hellaswag_interval = -1          # steps between HellaSwag evaluations, with --eval_only any number does it; -1 = none
+hellaswag_root = 'data/hellaswag'  # folder that prepare/hellaswag.py wrote
 generate_interval = 1000         # steps between samples; -1 = none
 generate = ''                    # continue this text with a checkpoint, exit
+export = ''                      # write a checkpoint into this folder for transformers, exit
 num_samples = 1                  # samples each time
 max_new_tokens = 256             # length of a sample, tokens
 temperature = 0.8                # of the samples; 0 = always the likeliest token
@@ -87,7 +96,7 @@ keep_last_n_checkpoints = 5      # newest checkpoints to keep; 0 = all
 permanent_checkpoints = []       # steps that are saved and kept whatever the two above say
 auto_resume = False              # continue from the newest readable checkpoint in log_dir, if there is one
 resume = False                   # continue from checkpoint_path; without one the same as auto_resume
-checkpoint_path = ''             # a checkpoint for --resume, --eval_only or --generate
+checkpoint_path = ''             # a checkpoint for --resume, --eval_only, --generate or --export
 # logging
 log_interval = 10                # steps between log lines
 log_level = 'INFO'               # INFO | DEBUG; DEBUG adds loss and time of every micro-step
@@ -98,6 +107,8 @@ wandb_project = 'train_gpt2'     # its project
 device = ''                      # cpu, cuda, cuda:1, mps; '' = cuda, then mps, then cpu
 dtype = 'float32'                # float32 | bfloat16 | float16; the last two by autocast, weights stay float32
 compile = False                  # torch.compile; DISABLE_COMPILE=1 in the environment switches it off
+model_parallel = False           # experimental: every block's matrices split over model_parallel_size ranks
+model_parallel_size = 2          # ranks that share a model; all ranks / this = data-parallel copies
 deterministic = False            # deterministic kernels on the GPU (the CPU's are)
 seed = 1337                      # of weights, data order, dropout and samples; 0 = a seed like any other
 
@@ -107,14 +118,21 @@ config = configure(globals(), aliases={'lr': 'max_lr', 'learning_rate': 'max_lr'
 # ---- run folder ----------------------------------------------------------------------------------------------------
 typed_now = set(config.given)  # a resume adds what was typed when the run began
 run_dir, run_dir_typed, log_name = log_dir, 'log_dir' in typed_now, 'log.txt'
-read_only = eval_only or generate != ''  # these modes read a checkpoint and start no run
+read_only = eval_only or generate != '' or export != ''  # these modes read a checkpoint and start no run
 lenient = False                          # True: a typed checkpoint that cannot be read is a warning, not the end
 
 def checkpoint_path_of(step):
     return os.path.join(run_dir, 'model_best.pt' if step == 'best' else f'model_{step:05d}.pt')
 
 def checkpoint_of(path):  # one dict, whatever the files; ValueError if it is damaged
-    return read_whole(path)
+    return read_gpt(path, whole=True)
+
+try:
+    init_path = '' if init_from == 'scratch' else find_gpt(init_from)
+except OSError as error:
+    fail(f'--init_from={error}')
+if init_path and read_only and not checkpoint_path:
+    config.assign('checkpoint_path', init_path)
 
 # ---- stored run (=) ------------------------------------------------------------------------------------------------
 # Which checkpoint this launch reads, if any. What was typed when that run began counts as typed again, unless anew.
@@ -170,6 +188,16 @@ elif checkpoint:
 
 # ---- derived -------------------------------------------------------------------------------------------------------
 config.assign('log_dir', run_dir)
+if init_path and not checkpoint:
+    try:
+        checkpoint, checkpoint_file = read_gpt(init_path), init_path
+    except (ValueError, OSError) as error:
+        fail(f'--init_from={init_from}: {error}')
+if checkpoint and 'step' not in checkpoint:  # the weights' shape counts as typed
+    if not {'n_head'} & {*checkpoint['config'], *config.given}:
+        fail(f'{checkpoint_file} does not tell the number of heads: add --n_head')
+    known_size = dict(model=init_from) if init_from in GPT_SIZES else {}
+    config.restore({**known_size, **{name: value for name, value in checkpoint['config'].items() if name != 'vocab_size'}}, checkpoint_file)
 config.fill({**GPT_SIZES[model], **{
     'tiny': dict(batch_size=16, total_batch_size=2048, val_tokens=131072, max_lr=4e-3, warmup_steps=100, max_steps=1250, eval_interval=250,
                  generate_interval=500, checkpoint_interval=250, log_interval=50, min_seq_length=16, max_seq_length=128),
@@ -181,7 +209,8 @@ config.fill({**GPT_SIZES[model], **{
 save_every, keep, permanent = checkpoint_interval, keep_last_n_checkpoints, permanent_checkpoints
 peak_lr, floor_lr, warmup, clip = max_lr, min_lr if min_lr >= 0 else max_lr / 10, warmup_steps, grad_clip
 schedule, cycles = lr_scheduler if decay_lr else 'constant', lr_restarts + 1
-shape = ('block_size', 'n_layer', 'n_head', 'n_embd')  # settings that a resumed model cannot change
+shape = ('block_size', 'n_layer', 'n_head', 'n_embd', 'activation')  # settings that a resumed model cannot change
+data_parallel = not model_parallel  # False: the script sums the gradients itself, without DistributedDataParallel
 rank_state, load_rank_state = lambda: {}, lambda stored: None  # what each rank alone knows beside its generators: nothing here
 if max(dropout, beta1, beta2) >= 1:
     fail('dropout, beta1 and beta2 must be less than 1')
@@ -189,6 +218,9 @@ if any(type(s) is not int for s in permanent):
     fail(f'permanent_checkpoints {permanent} must be whole numbers')
 if n_embd % n_head:
     fail(f'n_embd {n_embd} is not a multiple of n_head {n_head}')
+for name, refused in dict(compile=compile, optimizer=optimizer != 'adamw', dropout=dropout > 0, dtype=dtype == 'float16').items():
+    if model_parallel and refused:
+        fail(f'--model_parallel does not work with --{name}={config[name]}')
 
 # ---- distributed (=) -----------------------------------------------------------------------------------------------
 ddp = 'RANK' in os.environ  # set by torchrun
@@ -246,6 +278,10 @@ for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, on_signal)
 
 # ---- data ----------------------------------------------------------------------------------------------------------
+model_ranks = model_parallel_size if model_parallel else 1  # that work on the same rows
+if world_size % model_ranks or model_parallel and (n_head % model_ranks or not ddp):
+    fail(f'model_parallel_size {model_ranks} must divide the number of ranks, {world_size} (torchrun starts them), and n_head {n_head}')
+data_ranks, data_rank = world_size // model_ranks, rank // model_ranks
 # Row r of a shard is tokens[r*T : r*T + T + 1]. The rows of all shards form one list, each epoch has its own permutation of
 # it, and step k takes rows [k*R, (k+1)*R): the order depends on seed and step alone, not on ranks or micro-batches.
 T = max_seq_length if dynamic_seq_length else block_size
@@ -257,14 +293,14 @@ if 'total_batch_size' in typed_now and 'grad_accumulation_steps' not in typed_no
 if grad_accumulation_steps:
     config.assign('total_batch_size', grad_accumulation_steps * batch_size * T)
     print0(f'total_batch_size = {total_batch_size:,} tokens ({grad_accumulation_steps} micro-batches of {batch_size * T:,})')
-micro_total = batch_size * T * world_size  # tokens of one micro-step over all ranks
+micro_total = batch_size * T * data_ranks  # tokens of one micro-step over all ranks
 if total_batch_size % micro_total and not read_only:
-    fail(f'total_batch_size {total_batch_size} is no multiple of batch_size {batch_size} x {T} tokens x {world_size} rank(s); '
+    fail(f'total_batch_size {total_batch_size} is no multiple of batch_size {batch_size} x {T} tokens x {data_ranks} rank(s); '
          f'the nearest that is: {max(1, round(total_batch_size / micro_total)) * micro_total}')
 accumulation = total_batch_size // micro_total  # micro-steps per step
 rows_per_step = total_batch_size // T
 
-if generate:
+if generate or export:
     train_shards, val_shards, tokenizer = {}, {}, checkpoint.get('tokenizer', TOKENIZERS['gpt2'])
     if tokenizer not in TOKENIZERS.values():
         fail(f'{checkpoint_file} names an unknown tokenizer')
@@ -289,7 +325,7 @@ def loader_state(step):
 
 def batch(step, micro_step):
     """(inputs, targets), each (batch_size * T // length, length) int64: what this rank sees in this micro-step."""
-    begin = first_row + (step - first_step) * rows_per_step + (micro_step * world_size + rank) * batch_size
+    begin = first_row + (step - first_step) * rows_per_step + (micro_step * data_ranks + data_rank) * batch_size
     tokens = shard_rows(train_shards, T, [permutation(row // train_rows)[row % train_rows] for row in range(begin, begin + batch_size)])
     length = lengths[np.random.default_rng([seed, step, 1]).integers(len(lengths))]
     x, y = tokens[:, :-1].reshape(-1, length), tokens[:, 1:].reshape(-1, length)
@@ -308,35 +344,53 @@ def next_batch(step, micro_step):
 try:
     encoding = load_tokenizer(tokenizer['tokenizer'])
 except OSError as error:
-    encoding = fail(error) if generate else print0(f'no samples: {error}')
+    encoding = fail(error) if generate or export else print0(f'no samples: {error}')
 encoding = None if any(everyone(encoding is None)) else encoding  # all ranks sample or none
+
+hellaswag = []
+if hellaswag_interval > 0 and not (generate or export):
+    if not encoding:
+        fail('HellaSwag needs the tokenizer, see above')
+    try:
+        hellaswag = open_hellaswag(hellaswag_root, encoding)
+    except ValueError as error:
+        fail(f'{error}; `python prepare/hellaswag.py` makes it, or --hellaswag_interval=-1')
 
 # ---- model ---------------------------------------------------------------------------------------------------------
 if 0 < vocab_size < tokenizer['vocab_size']:
     fail(f'vocab_size {vocab_size} is smaller than the vocabulary of the data, {tokenizer["vocab_size"]}')
 padded_vocab = vocab_size if vocab_size > 0 else -(-tokenizer['vocab_size'] // 64) * 64
-raw_model = GPT(GPTConfig(block_size, padded_vocab, n_layer, n_head, n_embd, dropout)).to(device)
+raw_model = GPT(GPTConfig(block_size, padded_vocab, n_layer, n_head, n_embd, dropout, activation)).to(device)
+if model_parallel:
+    mesh = init_device_mesh(device_type, (data_ranks, model_ranks), mesh_dim_names=('data', 'model'))
+    tensor_parallel(raw_model, mesh['model'])
 
 # ---- optimizer -----------------------------------------------------------------------------------------------------
 parameters = list(raw_model.parameters())
-optimizer = torch.optim.AdamW([
-    dict(params=[p for p in parameters if p.dim() >= 2], weight_decay=weight_decay),  # matrices; embeddings too, as GPT-2 trainers do
-    dict(params=[p for p in parameters if p.dim() < 2], weight_decay=0.0),            # biases and norms
-], lr=peak_lr, betas=(beta1, beta2), eps=1e-8, fused=device_type in ('cuda', 'cpu'))
-optimizers = [optimizer]
+for_muon = {p for p in raw_model.transformer.h.parameters() if p.dim() >= 2} if optimizer == 'muon' else set()
+optimizers = [torch.optim.AdamW([
+    dict(params=[p for p in parameters if p.dim() >= 2 and p not in for_muon], weight_decay=weight_decay),  # embeddings too, as GPT-2 trainers do
+    dict(params=[p for p in parameters if p.dim() < 2], weight_decay=0.0),                                  # biases and norms
+], lr=peak_lr, betas=(beta1, beta2), eps=1e-8, **(dict(foreach=False) if model_parallel else dict(fused=device_type in ('cuda', 'cpu'))))]
+if for_muon:  # Jordan et al. 2024, kellerjordan.github.io/posts/muon; its updates scaled to the size of AdamW's (arXiv 2502.16982)
+    optimizers.append(torch.optim.Muon([p for p in parameters if p in for_muon], lr=peak_lr, weight_decay=weight_decay, momentum=0.95,
+                                       adjust_lr_fn='match_rms_adamw'))
 
 def state_files(run):
     """{file name: content} of a checkpoint, '' for a single file. run: the part that all scripts share (see save)."""
-    return {'': dict(run, model=raw_model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+    return {'': dict(run, model=whole_weights(raw_model), optimizer=optimizer_state(raw_model, optimizers), scaler=scaler.state_dict(),
                      train_loader_state=loader_state(run['step']), tokenizer=tokenizer)}
 
 def load_weights(checkpoint):
-    raw_model.load_state_dict(checkpoint['model'])
+    weights = checkpoint['model']
+    if 'step' not in checkpoint:  # from elsewhere: its vocabulary may be padded in another way
+        weights = fit_weights(weights, block_size, padded_vocab, tokenizer['vocab_size'])
+    load_whole_weights(raw_model, weights)
 
 def load_training(checkpoint):
     """Everything else that state_files stored; ValueError if it does not belong to this data."""
     global first_step, first_row
-    optimizer.load_state_dict(dict(optimizer.state_dict(), state=checkpoint['optimizer']['state']))  # the present lr, decay, betas stay
+    load_optimizer_state(raw_model, optimizers, checkpoint['optimizer'])  # the present lr, decay, betas stay
     if checkpoint['scaler']:  # empty if the run had another dtype
         scaler.load_state_dict(checkpoint['scaler'])
     there, here = checkpoint['train_loader_state'], loader_state(0)
@@ -498,7 +552,7 @@ if wandb_log and master and not read_only:
 if compile:
     raw_model.compile()  # in place: the names in the state dict stay as they are, and raw_model.forward stays eager
 net = raw_model
-if ddp and not read_only and any(p.requires_grad for p in raw_model.parameters()):
+if ddp and data_parallel and not read_only and any(p.requires_grad for p in raw_model.parameters()):
     net = DistributedDataParallel(raw_model, device_ids=[local_rank] if device_type == 'cuda' else None, gradient_as_bucket_view=True)
 
 # ---- learning rate (=) ---------------------------------------------------------------------------------------------
@@ -519,7 +573,7 @@ def evaluate():
     """Validation loss in nats per token over the first val_rows rows, split over the ranks."""
     raw_model.eval()
     losses = []
-    for begin in range(rank * batch_size, val_rows + rank * batch_size, batch_size * world_size):  # as many on every rank
+    for begin in range(data_rank * batch_size, val_rows + data_rank * batch_size, batch_size * data_ranks):  # as many on every rank
         poll()
         rows = np.arange(begin, begin + batch_size)  # always a full batch, one shape for torch.compile: what is too much counts nothing
         tokens = shard_rows(val_shards, T, np.minimum(rows, val_rows - 1))
@@ -528,7 +582,21 @@ def evaluate():
         with autocast:
             losses.append(raw_model(tokens[:, :-1].clamp(min=0), tokens[:, 1:], 'sum'))
     raw_model.train()
-    return sum(everyone(torch.stack(losses).cpu().double().sum().item())) / (val_rows * T)
+    return sum(everyone(torch.stack(losses).cpu().double().sum().item())) / (val_rows * T * model_ranks)
+
+def evaluate_hellaswag():
+    """(acc, acc_norm), see hellaswag_scores; rows of like length together, split over the ranks."""
+    raw_model.eval()
+    losses, rows = {}, [(context + ending, len(ending)) for context, endings, _ in hellaswag for ending in endings]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
+    for begin in range(data_rank * batch_size, len(rows) + data_rank * batch_size, batch_size * data_ranks):  # as many on every rank
+        poll()
+        chosen = order[begin:begin + batch_size] or order[-1:]
+        with autocast:
+            losses.update(zip(chosen, raw_model.ending_losses([rows[i] for i in chosen]).tolist(), strict=True))
+    raw_model.train()
+    losses = {i: loss for found in everyone(losses) for i, loss in found.items()}
+    return hellaswag_scores(hellaswag, [losses[i] for i in range(len(rows))])
 
 def sample(text, seed):
     """num_samples continuations of `text`, a list of strings. Every rank draws the same."""
@@ -542,17 +610,24 @@ def sample(text, seed):
     return [re.sub(r'[^\n\t -~\xa0-\U0010ffff]', '\ufffd', text) for text in texts]  # no control codes on a terminal
 
 if read_only:
-    step = checkpoint.get('step', 0)
-    if generate:
+    step, path, files = checkpoint.get('step', 0), '', {}
+    if export:
+        path, files = export, export_files(whole_weights(raw_model), raw_model.config, tokenizer)
+    elif generate:
         print0('\n----\n'.join(sample(generate, seed)))
     else:
-        val_loss = evaluate()
-        print0(f'step {step}/{max_steps} | val loss {val_loss:.4f}')
-        path, report = os.path.join(os.path.dirname(os.path.normpath(checkpoint_file)), 'eval.json'), dict(
-            step=step, val_loss=val_loss, val_tokens=val_rows * T, checkpoint=checkpoint_file, data_root=data_root)
+        report = dict(step=step, val_loss=evaluate(), val_tokens=val_rows * T, checkpoint=checkpoint_file, data_root=data_root)
+        print0(f'step {step}/{max_steps} | val loss {report["val_loss"]:.4f}')
+        if hellaswag:
+            report['hellaswag_acc'], report['hellaswag_acc_norm'] = evaluate_hellaswag()
+            report['hellaswag_items'] = len(hellaswag)
+            print0(f'step {step}/{max_steps} | hellaswag acc {report["hellaswag_acc"]:.4f} | acc_norm {report["hellaswag_acc_norm"]:.4f}')
+        path, files = os.path.join(run_dir if init_path else os.path.dirname(os.path.normpath(checkpoint_file)), 'eval.json'), {'': report}
+    if path:
         try:
             if master:
-                write_whole(path, {'': report})
+                os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+                write_whole(path, files)
         except OSError as error:
             fail(cannot_write(path, error), 1)
         print0(f'wrote {path}')
@@ -564,7 +639,7 @@ commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
 log('settings given: ' + ' '.join(f'{name}={value!r}' for name, value in config.typed().items()), prefix='# ', show=False)
 for line in (
     f'{sum(p.numel() for p in parameters):,} parameters: {n_layer} layers, {n_head} heads, width {n_embd}, {block_size} positions, {padded_vocab} ids',
-    f'{total_batch_size:,} tokens per step = {batch_size} rows x {T} x {accumulation} micro-step(s) x {world_size} rank(s)',
+    f'{total_batch_size:,} tokens per step = {batch_size} rows x {T} x {accumulation} micro-step(s) x {data_ranks} rank(s)',
     f'{train_rows * T:,} training tokens in {data_root}, {max_steps * rows_per_step / train_rows:.2f} epochs; {val_rows * T:,} validation tokens',
     f'device {device} ({device_name}), dtype {dtype}, compile {compile}, torch {torch.__version__}, commit {commit or "unknown"}',
     f'run {run_name or run_dir}: ' + (f'resumed from {checkpoint_file} at step {start_step}' if resumed else
@@ -590,6 +665,11 @@ for step in range(start_step, max_steps + 1):
                 progress.update(best_val_loss=progress['val_loss'], best_step=step)
                 snapshot['progress'] = dict(progress)
                 save(checkpoint_path_of('best'))
+        if hellaswag and step and (step % hellaswag_interval == 0 or last):
+            acc, acc_norm = evaluate_hellaswag()
+            log(f'step {step}/{max_steps} | hellaswag acc {acc:.4f} | acc_norm {acc_norm:.4f}')
+            if wandb_run:
+                wandb_run.log({'val/hellaswag_acc': acc, 'val/hellaswag_acc_norm': acc_norm}, step=step)
         if encoding and generate_interval > 0 < step and (step % generate_interval == 0 or last):
             for text in sample('', seed + step):
                 log(f'step {step}/{max_steps} | sample\n' + '\n'.join('    ' + line for line in text.splitlines()))
@@ -602,8 +682,9 @@ for step in range(start_step, max_steps + 1):
     # -- one update
     started = time.perf_counter()
     lr = get_lr(step)
-    for group in optimizer.param_groups:
-        group['lr'] = lr
+    for o in optimizers:
+        for group in o.param_groups:
+            group['lr'] = lr
     loss_sum = torch.zeros((), device=device)
     for micro_step in range(accumulation):
         poll()
@@ -611,21 +692,25 @@ for step in range(start_step, max_steps + 1):
         net.require_backward_grad_sync = micro_step == accumulation - 1  # before the forward: DDP reads it there
         with autocast:
             loss = net(x, y, 'sum') / total_batch_size  # over the global count: every token weighs the same
-        scaler.scale(loss * world_size).backward()      # DDP divides by world_size
+        scaler.scale(loss * world_size if data_parallel else loss).backward()  # DDP divides by world_size
         loss_sum += loss.detach()
         if log_level == 'DEBUG':
             print0(f'step {step + 1} micro-step {micro_step + 1}/{accumulation} | loss {loss.item() * total_batch_size / y.numel():.6f} '
                    f'| {1000 * (time.perf_counter() - started):.0f}ms')
-    scaler.unscale_(optimizer)
+    if model_parallel:
+        sum_gradients(parameters, mesh['data'])
+    for o in optimizers:
+        scaler.unscale_(o)
     reporting = (step + 1) % log_interval == 0 or step == 0 or step + 1 == max_steps
     gradients = ''
     if log_gradients and reporting:  # of every part of the model, before clipping
         parts = {}
         for name, p in raw_model.named_parameters():
             parts.setdefault(re.match(r'transformer\.(h\.\d+\.\w+|\w+)', name)[1], []).append(p.grad)
-        gradients = ' | grad ' + ' '.join(f'{part} {torch.nn.utils.get_total_norm(grads).item():.2e}' for part, grads in parts.items())
-    norm = torch.nn.utils.clip_grad_norm_(parameters, clip if clip > 0 else math.inf)
-    report = torch.stack((loss_sum, norm / world_size))  # one tensor, one host read; NaN or infinity on any rank survives the sum
+        gradients = ' | grad ' + ' '.join(f'{part} {total_norm(grads).item():.2e}' for part, grads in parts.items())
+    norm = total_norm([p.grad for p in parameters])
+    torch.nn.utils.clip_grads_with_norm_(parameters, clip if clip > 0 else math.inf, norm, foreach=not model_parallel)
+    report = torch.stack((loss_sum / model_ranks, norm / world_size))  # one tensor, one host read; NaN or infinity on any rank survives the sum
     if ddp:
         dist.all_reduce(report)
     step_loss, step_norm = report.tolist()
@@ -633,9 +718,10 @@ for step in range(start_step, max_steps + 1):
     if not math.isfinite(step_loss) or not math.isfinite(step_norm) and not overflow:
         fail(f'step {step + 1}: loss {step_loss}, gradient norm {step_norm}; stopped before the update, no checkpoint holds it '
              '(try a lower max_lr or more warmup_steps)', 1)
-    scaler.step(optimizer)
+    for o in optimizers:
+        scaler.step(o)
+        o.zero_grad(set_to_none=True)
     scaler.update()
-    optimizer.zero_grad(set_to_none=True)
 
     # -- reporting only
     dt = time.perf_counter() - started

@@ -779,8 +779,6 @@ def test_guide_command(script, env, argv, monkeypatch):
     configure = load().configure
     defaults = configure({'__file__': str(path)}, [], aliases)
     assert set(aliases.values()) <= set(defaults) and not set(aliases) & set(defaults)
-    if 'model_parallel' in ' '.join(argv) and 'model_parallel' not in defaults:
-        pytest.skip(f'no model_parallel in {script} yet')
     config, code, out, err = attempt(configure, {'__file__': str(path)}, argv, aliases)
     assert err == ''
     if '--help' in argv:

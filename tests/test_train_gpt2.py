@@ -256,7 +256,7 @@ def test_hostile_entries_end_in_one_line_for_the_modes_too(go, tmp_path):
 
 # ---- every command of the guides that names this script (the paths are today's), with a tiny model and two steps
 GUIDE = [line for line in GUIDES.splitlines() if ' train_gpt2.py' in line
-         and not re.search('--model_parallel|--nproc_per_node=gpu|--nnodes', line)]  # a setting to come; GPUs; test_two_nodes
+         and not re.search('--nproc_per_node=gpu|--nnodes', line)]  # needs GPUs; see test_two_nodes
 
 
 @pytest.mark.parametrize('line', GUIDE)

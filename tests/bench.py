@@ -1,0 +1,266 @@
+"""Measures the trainers, by their own log lines: tokens/s, peak memory, share of this machine's matrix-product rate. Not a test.
+
+    python tests/bench.py                                     ours alone
+    python tests/bench.py --nanogpt=DIR --build_nanogpt=DIR   beside clones of karpathy/nanoGPT and karpathy/build-nanogpt
+    python tests/bench.py --cases head_4 head_8 head_16 head_32
+    python tests/bench.py --learning --nanogpt=DIR            the same batches and hyperparameters: loss per step, 3 seeds each
+    python tests/bench.py --device=cuda --cases gpt2 --nanogpt=DIR --build_nanogpt=DIR
+
+All contestants of a case are started as users would start them, on the same random tokens, and are stopped by SIGSTOP; then
+each in turn is let run for a few steps, round after round (A B C A B C), so that a slow minute of the machine meets all of
+them. The step in which one was stopped does not count. build-nanogpt has no command line: its constants are replaced in a copy,
+evaluation is left out, and on a CPU the bfloat16 autocast, which is slower there.
+"""
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from harness import write_shard
+
+from configurator import configure, fail
+
+# -----------------------------------------------------------------------------
+# settings
+
+cases = ['quickstart', 'head_8']  # quickstart, head_4, head_8, head_16, head_32 (the head dominates), gpt2 (124M, for a GPU)
+nanogpt = ''                  # folder of a clone of karpathy/nanoGPT
+build_nanogpt = ''            # folder of a clone of karpathy/build-nanogpt
+compile = True                # measure everyone compiled, too
+rounds = 6                    # turns of each contestant
+steps = 0                     # counted steps per turn; 0 = about three seconds' worth
+learning = False              # compare losses per step instead, ours with nanoGPT's
+learning_steps = 300          # steps of these runs
+data_root = 'data/pydocs'     # their data
+device = 'cpu'                # cpu | cuda
+
+if __name__ == '__main__':
+    configure(globals())
+
+ROOT = Path(__file__).resolve().parents[1]
+CASES = {'quickstart': dict(vocab=320, ids=257, n_layer=4, n_head=4, n_embd=128, B=16, T=128),
+         **{f'head_{B}': dict(vocab=50304, ids=50257, n_layer=6, n_head=6, n_embd=384, B=B, T=256) for B in (4, 8, 16, 32)},
+         'gpt2': dict(vocab=50304, ids=50257, n_layer=12, n_head=12, n_embd=768, B=32, T=1024)}
+
+
+def replaced(source, changes):
+    for old, new in changes.items():
+        assert old in source, f'{old!r} is not in it: another version of that repository?'
+        source = source.replace(old, new)
+    return source
+
+
+class Contestant:
+    """A training script of anyone, paused but for its turns."""
+
+    def __init__(self, name, folder, command, pattern):
+        self.name, self.folder, self.pattern, self.ms = name, folder, re.compile(pattern), []
+        env = dict(os.environ, PYTHONUNBUFFERED='1', CUDA_LAUNCH_BLOCKING='0')
+        self.process = subprocess.Popen([sys.executable, *map(str, command)], cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self.seen = []
+        self.lines(4)  # compiled and warm
+        self.pause()
+
+    def lines(self, n):
+        """The next n step times, ms."""
+        found = []
+        while len(found) < n:
+            line = self.process.stdout.readline()
+            self.seen.append(line)
+            if not line:
+                raise RuntimeError(f'{self.name} ended:\n' + ''.join(self.seen[-30:]))
+            if match := self.pattern.search(line):
+                found.append(float(match[1]))
+        return found
+
+    def pause(self):
+        self.process.send_signal(signal.SIGSTOP)
+
+    def turn(self, n):
+        self.process.send_signal(signal.SIGCONT)
+        self.ms += self.lines(n + 1)[1:]
+        self.pause()
+
+    def end(self):
+        """Peak resident memory, MB; on a GPU it says nothing."""
+        status = Path(f'/proc/{self.process.pid}/status').read_text()
+        self.process.kill()
+        self.process.wait()
+        return int(re.search(r'VmHWM:\s*(\d+)', status)[1]) / 1024
+
+
+def contestants(case, folder):
+    """{name: (folder, command, pattern of a step's time in ms)}"""
+    c, dtype = CASES[case], 'float32' if device == 'cpu' else 'bfloat16'
+    tokens = np.random.default_rng(0).integers(c['ids'], size=40 * c['B'] * c['T'] + 1)
+    data = folder / 'ours/data'
+    data.mkdir(parents=True)
+    for i in range(2):
+        write_shard(data / f'x_{"train" if i else "val"}_{i:06d}.bin', tokens)
+    if c['ids'] == 257:
+        (data / 'manifest.json').write_text(json.dumps(dict(tokenizer='bytes', vocab_size=257, eot=256)))
+    common = [f'--{name}={c[name]}' for name in ('n_layer', 'n_head', 'n_embd')]
+    never, found = 10 ** 8, {}
+    for compiled in [False, True] if compile else [False]:
+        mark = ' compiled' if compiled else ''
+        found['ours' + mark] = folder / 'ours', [
+            ROOT / 'train_gpt2.py', *common, '--data_root=data', f'--log_dir=logs{int(compiled)}', f'--block_size={c["T"]}', f'--vocab_size={c["vocab"]}',
+            f'--batch_size={c["B"]}', '--grad_accumulation_steps=1', f'--max_steps={never}', '--eval_interval=-1', '--generate_interval=-1', '--log_interval=1',
+            '--checkpoint_interval=-1', f'--device={device}', f'--dtype={dtype}', f'--compile={compiled}'], r' dt (\d+)ms'
+        if nanogpt:
+            theirs = folder / f'nanogpt{int(compiled)}'
+            (theirs / 'data/bench').mkdir(parents=True)
+            for name in ('train.py', 'model.py', 'configurator.py'):
+                shutil.copy(Path(nanogpt, name), theirs)
+            for name in ('train.bin', 'val.bin'):
+                tokens.astype(np.uint16).tofile(theirs / 'data/bench' / name)
+            import pickle
+            (theirs / 'data/bench/meta.pkl').write_bytes(pickle.dumps({'vocab_size': c['vocab']}))
+            found['nanoGPT' + mark] = theirs, [
+                'train.py', *common, '--dataset=bench', f'--block_size={c["T"]}', f'--batch_size={c["B"]}', '--gradient_accumulation_steps=1', '--bias=True',
+                f'--eval_interval={never}', '--eval_iters=1', f'--max_iters={never}', '--log_interval=1', f'--device={device}', f"--dtype={dtype}",
+                f'--compile={compiled}'], r'time ([\d.]+)ms'
+        if build_nanogpt:
+            theirs = folder / f'build{int(compiled)}'
+            (theirs / 'edu_fineweb10B').mkdir(parents=True)
+            for name in ('train', 'val'):
+                np.save(theirs / f'edu_fineweb10B/x_{name}_000000.npy', tokens.astype(np.uint16))
+            source = replaced(Path(build_nanogpt, 'train_gpt2.py').read_text(), {
+                'B = 64 #': f'B = {c["B"]} #', 'T = 1024 #': f'T = {c["T"]} #', 'total_batch_size = 524288': f'total_batch_size = {c["B"] * c["T"]}',
+                'GPTConfig(vocab_size=50304)': f'GPTConfig({c["T"]}, {c["vocab"]}, {c["n_layer"]}, {c["n_head"]}, {c["n_embd"]})',
+                'use_compile = False': f'use_compile = {compiled}', 'step % 250 == 0': 'step < 0', 'max_steps = 19073': f'max_steps = {never}',
+                'from hellaswag import': 'pass #', 'tiktoken.get_encoding("gpt2")': 'None',
+                **({'dtype=torch.bfloat16)': 'enabled=False)', 'device = "cuda"\n    elif': 'pass\n    elif'} if device == 'cpu' else {})})
+            (theirs / 'train_gpt2.py').write_text(source)
+            found['build-nanogpt' + mark] = theirs, ['train_gpt2.py'], r'dt: ([\d.]+)ms'
+    return found
+
+
+def matrix_rate():
+    """FLOP/s of this CPU's float32 matrix products, or what the GPU's maker states (see PEAK_FLOPS)."""
+    import torch
+
+    from model import PEAK_FLOPS
+    if device == 'cuda':
+        return next((flops for name, flops in PEAK_FLOPS.items() if name in torch.cuda.get_device_name()), math.nan)
+    x, times = torch.randn(1024, 1024), []
+    for _ in range(30):
+        began = time.perf_counter()
+        x @ x
+        times.append(time.perf_counter() - began)
+    return 2 * 1024 ** 3 / statistics.median(times[5:])
+
+
+def measure(case):
+    import torch
+
+    from model import GPT, GPTConfig
+    c = CASES[case]
+    with torch.device('meta'):
+        flops = GPT(GPTConfig(c['T'], c['vocab'], c['n_layer'], c['n_head'], c['n_embd'])).flops_per_token(c['T'])
+    with tempfile.TemporaryDirectory() as folder:
+        running, rates = [], []
+        try:
+            for name, start in contestants(case, Path(folder)).items():
+                running.append(Contestant(name, *start))
+            for _ in range(rounds):
+                rates.append(matrix_rate())
+                for one in running:
+                    one.turn(steps or max(2, round(3000 / (statistics.median(one.ms) if one.ms else 1000))))
+        finally:
+            memory = {one.name: one.end() for one in running}
+    print(f'\n{case}: {c["n_layer"]} layers, width {c["n_embd"]}, {c["vocab"]} ids, {c["B"]} x {c["T"]} tokens a step, '
+          f'{flops / 1e6:,.1f} MFLOP per token; matrix products: {statistics.median(rates) / 1e9:,.0f} GFLOP/s')
+    speed = {one.name: c['B'] * c['T'] / statistics.median(one.ms) * 1000 for one in running}
+    others = [name for name in speed if not name.startswith('ours')]
+    best = max(others, key=speed.get) if others else ''
+    ratio = ' tok/s and memory, of the best other' if best else ''
+    print(f'| | ms per step (quartiles) | tok/s | share of the matrix rate | peak memory |{ratio} |\n|---|---|---|---|---|---|')
+    for one in running:
+        low, middle, high = statistics.quantiles(one.ms, n=4)
+        ratio = f'{speed[one.name] / speed[best]:.2f} and {memory[one.name] / memory[best]:.2f}' if best else ''
+        print(f'| {one.name} | {middle:.0f} ({low:.0f} to {high:.0f}, {len(one.ms)} steps) | {speed[one.name]:,.0f} '
+              f'| {flops * speed[one.name] / statistics.median(rates):.0%} | {memory[one.name]:,.0f} MB | {ratio} |', flush=True)
+
+
+def learn_as_nanogpt(seed, batches, lr_of):
+    """Losses of nanoGPT's model and optimizer on `batches`, in its own order of a step."""
+    import importlib.util
+
+    import torch
+    spec = importlib.util.spec_from_file_location('nanogpt_model', Path(nanogpt, 'model.py'))
+    module = sys.modules['nanogpt_model'] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    torch.manual_seed(seed)
+    model = module.GPT(module.GPTConfig(block_size=128, vocab_size=320, n_layer=4, n_head=4, n_embd=128, dropout=0.0, bias=True))
+    optimizer = model.configure_optimizers(0.1, lr_of(0), (0.9, 0.95), 'cpu')
+    losses = []
+    for step, (x, y) in enumerate(batches):
+        for group in optimizer.param_groups:
+            group['lr'] = lr_of(step)
+        _, loss = model(x, y)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+    return losses
+
+
+def compare_learning():
+    """Three seeds of weights each, on the batches of seed 0: mean loss of the last fifth of the steps."""
+    import torch
+
+    from model import open_shards, shard_rows
+    T, B, warmup, peak = 128, 16, 100, 4e-3
+    train, _, _ = open_shards(data_root, T)
+    n = sum((len(tokens) - 1) // T for tokens in train.values())
+
+    def batches(seed):  # what train_gpt2.py draws with this seed
+        order = np.random.default_rng([seed, 0]).permutation(n)
+        for step in range(learning_steps):
+            rows = shard_rows(train, T, order[step * B:(step + 1) * B])
+            yield rows[:, :-1], rows[:, 1:]
+
+    def lr_of(step):
+        done = (step - warmup) / (learning_steps - warmup)
+        return peak * (step + 1) / warmup if step < warmup else peak / 10 + peak * 0.9 * (1 + math.cos(math.pi * done)) / 2
+
+    curves = {'ours': [], 'nanoGPT': []}
+    for seed in range(3):
+        with tempfile.TemporaryDirectory() as folder:
+            run = subprocess.run([sys.executable, ROOT / 'train_gpt2.py', '--model=tiny', f'--data_root={os.path.abspath(data_root)}', f'--seed={seed}',
+                                  f'--max_steps={learning_steps}', '--eval_interval=-1', '--generate_interval=-1', '--log_interval=1', '--device=cpu',
+                                  '--val_tokens=128'], cwd=folder, capture_output=True, text=True, check=True)
+        curves['ours'].append([float(loss) for loss in re.findall(r'\| loss ([\d.]+)', run.stdout)])
+        torch.manual_seed(seed)
+        curves['nanoGPT'].append(learn_as_nanogpt(seed, batches(seed), lr_of))
+    marks = [m for m in (10, 50, 100, 200, 300, 500, 1000) if m <= learning_steps]
+    print('\nloss, mean of 10 steps, 3 seeds (weights and batches)\n| steps | ' + ' | '.join(map(str, marks)) + ' |\n|---' * (len(marks) + 1) + '|')
+    for name, runs in curves.items():
+        for losses in runs:
+            print(f'| {name} | ' + ' | '.join(f'{statistics.mean(losses[m - 10:m]):.4f}' for m in marks) + ' |')
+    differences = [statistics.mean(a[-50:]) - statistics.mean(b[-50:]) for a, b in zip(curves['ours'], curves['nanoGPT'], strict=True)]
+    print('ours - nanoGPT on the same batches, last 50 steps: ' + ', '.join(f'{d:+.4f}' for d in differences))
+
+
+if __name__ == '__main__':
+    if set(cases) - set(CASES):
+        fail(f'unknown cases {sorted(set(cases) - set(CASES))}, known are {", ".join(CASES)}')
+    if learning:
+        compare_learning()
+    else:
+        for case in cases:
+            measure(case)
