@@ -232,7 +232,7 @@ def compare_learning():
         order = np.random.default_rng([seed, 0]).permutation(n)
         for step in range(learning_steps):
             rows = shard_rows(train, T, order[step * B:(step + 1) * B])
-            yield rows[:, :-1], rows[:, 1:]
+            yield rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
     def lr_of(step):
         done = (step - warmup) / (learning_steps - warmup)
