@@ -110,7 +110,7 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-LOGITS_AT_ONCE = 2 ** 24  # elements: 64 MB of float32
+LOGITS_AT_ONCE = 2 ** 24  # elements: 64 MB of float32. 16 times as many on a GPU: each slice reads and writes the whole gradient of the weight
 
 
 class HeadLoss(torch.autograd.Function):
@@ -126,7 +126,7 @@ class HeadLoss(torch.autograd.Function):
         dx, dweight = (torch.empty_like(x), torch.zeros_like(weight)) if need_gradients else (None, None)
         compute = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         x, weight = x.to(compute), weight.to(compute)
-        slices = min(len(x), -(-len(x) * len(weight) // LOGITS_AT_ONCE))
+        slices = min(len(x), -(-len(x) * len(weight) // (LOGITS_AT_ONCE * (1 if x.device.type == 'cpu' else 16))))
         rows = -(-len(x) // slices)  # of like size: a short last one would read all weights for little
         for x_part, dx_part, t in zip(x.split(rows), (dx if need_gradients else x).split(rows), targets.split(rows), strict=True):
             logits = F.linear(x_part, weight).to(total.dtype)  # (n, V); a sum over 50,000 exponentials wants float32

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from harness import make_text_data, write_shard
 
-from model import GPT, GPT_SIZES, GPTConfig, HeadLoss, load_tokenizer, open_shards, read_whole, shard_rows
+from model import GELU, GPT, GPT_SIZES, GPTConfig, HeadLoss, load_tokenizer, open_shards, read_whole, shard_rows
 
 SMALL = GPTConfig(block_size=32, vocab_size=96, n_layer=3, n_head=4, n_embd=32)
 
@@ -64,6 +64,18 @@ def test_initialisation():
             assert p.std().item() == pytest.approx(0.02 / 4 if name.endswith('c_proj.weight') else 0.02, rel=0.1), name
         else:
             assert (p == (1 if name.endswith('weight') else 0)).all(), name
+
+
+def test_gelu_is_the_tanh_approximation():
+    x = torch.linspace(-30, 30, 4001, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(4001, dtype=torch.float64)
+    ours, theirs = GELU.apply(x), F.gelu(x, approximate='tanh')
+    assert (ours - theirs).abs().max() < 1e-14
+    gradients = [torch.autograd.grad((y * weights).sum(), x)[0] for y in (ours, theirs)]
+    assert (gradients[0] - gradients[1]).abs().max() < 1e-12
+    far = torch.tensor([-1e18, -1e4, 1e4], requires_grad=True)
+    GELU.apply(far).sum().backward()
+    assert far.grad.tolist() == [0, 0, 1]
 
 
 # ---- loss

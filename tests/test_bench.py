@@ -1,0 +1,21 @@
+"""tests/bench.py runs and prints its table; what it measures is for people to look at."""
+import os
+import re
+import subprocess
+import sys
+
+from harness import ROOT
+
+
+def test_bench_prints_a_table(tmp_path):
+    command = [sys.executable, ROOT / 'tests/bench.py', '--cases', 'quickstart', '--rounds=2', '--steps=2', '--no-compile']
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=dict(os.environ, TMPDIR=str(tmp_path)), timeout=120)
+    assert run.returncode == 0, run.stderr
+    row = re.search(r'\| ours \| \d+ \(\d+ to \d+, 4 steps\) \| [\d,]+ \| (\d+)% \| ([\d,]+) MB \|', run.stdout)
+    assert 'quickstart: 4 layers, width 128, 320 ids, 16 x 128 tokens a step' in run.stdout and 0 < int(row[1]) < 150 and int(row[2]) > 100
+    assert not [path for path in tmp_path.iterdir() if not path.name.startswith('torchinductor')]
+
+
+def test_bench_names_unknown_cases(tmp_path):
+    run = subprocess.run([sys.executable, ROOT / 'tests/bench.py', '--cases=x'], capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 2 and run.stderr.count('\n') == 1 and 'quickstart' in run.stderr
