@@ -206,8 +206,10 @@ class GPT(nn.Module):
     def from_pretrained(cls, source, **changes):
         """The model of a name such as 'gpt2' (see find_gpt) or of any path that read_gpt reads; changes: dropout, say."""
         found = read_gpt(find_gpt(source))
-        names = GPTConfig.__dataclass_fields__
-        model = cls(GPTConfig(**{name: value for name, value in {**found['config'], **changes}.items() if name in names}))
+        config = {**found['config'], **changes}
+        if 'n_head' not in config:
+            raise ValueError(f'{source} does not tell the number of heads: give n_head')
+        model = cls(GPTConfig(**config))
         model.load_state_dict(found['model'])
         return model
 
@@ -275,7 +277,8 @@ def find_gpt(source):
     if os.path.exists(source):
         return source
     repository = f'openai-community/{source}' if source in GPT_SIZES and source != 'tiny' else source
-    if repository.count('/') != 1:
+    owner, _, name = repository.partition('/')
+    if not name or '/' in name or name.endswith(('.pt', '.bin', '.safetensors', '.json')) or owner[0] in '.~' or os.path.isdir(owner):
         raise OSError(f'{source} does not exist and is no model of the hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl, owner/name)')
     try:
         from huggingface_hub import snapshot_download
@@ -284,11 +287,14 @@ def find_gpt(source):
     try:
         patterns = dict(allow_patterns=['config.json', 'model*.safetensors', 'model.safetensors.index.json'])
         try:
-            return snapshot_download(repository, local_files_only=True, **patterns)
+            folder = snapshot_download(repository, local_files_only=True, **patterns)
+            if {'model.safetensors', 'model.safetensors.index.json'} & set(os.listdir(folder)):  # else only its tokenizer, say, was wanted before
+                return folder
         except OSError:
-            return snapshot_download(repository, **patterns)
+            pass  # it is not in the cache
+        return snapshot_download(repository, **patterns)
     except Exception as error:  # the hub's own errors, the network's, a bad name
-        raise OSError(f'{source} was not downloaded from the hub ({type(error).__name__}: {str(error).splitlines()[0]:.200}); '
+        raise OSError(f'{source} was not downloaded from the hub ({type(error).__name__}: {" ".join(str(error).split())[:200]}); '
                       'a folder that holds its config.json and model.safetensors works too') from error
 
 
@@ -317,6 +323,13 @@ def read_gpt(path, whole=False):
     (if `whole`, all of it as it is), a folder or .safetensors of the transformers library, nanoGPT's ckpt.pt, or a bare state
     dict, which tells n_head only if its size is a published one; with or without the prefixes of torch.compile and DDP.
     ValueError if it is none of these or does not fit together."""
+    try:
+        return _read_gpt(path, whole)
+    except (AttributeError, TypeError, RuntimeError, IndexError, KeyError, OverflowError) as error:  # what hostile entries provoke
+        raise ValueError(f'{type(error).__name__}: {" ".join(str(error).split())[:200]}') from error
+
+
+def _read_gpt(path, whole):
     config = {}
     if os.path.isdir(path) or path.endswith('.safetensors'):
         try:
@@ -338,7 +351,7 @@ def read_gpt(path, whole=False):
         found = read_whole(path)
         if not isinstance(found, dict) or not isinstance(found.get('model', found), dict):
             raise ValueError('it holds no weights')
-        if whole and 'step' in found:
+        if whole and 'step' in found and 'model' in found:
             return found
         weights = found.get('model', found)
         if isinstance(found.get('model_args'), dict):  # nanoGPT's, whose activation is the exact GELU
@@ -474,8 +487,12 @@ def optimizer_state(model, optimizers):
 def load_optimizer_state(model, optimizers, stored):
     """Load what optimizer_state returned, without its groups. ValueError if it was another kind of optimizer."""
     names = {p: name for name, p in model.named_parameters()}
+    if unknown := stored['state'].keys() - names.values():
+        raise ValueError(f'its optimizer knows {sorted(map(str, unknown))[:3]}, this model does not')
     for o in optimizers:
         order = [names[p] for group in o.param_groups for p in group['params']]  # a state_dict numbers them in this order
+        if not stored['state'].keys() & set(order):
+            continue  # it has made no update yet
         state = {i: {key: part(model, name, value) for key, value in stored['state'][name].items()} for i, name in enumerate(order)}
         expected = {'momentum_buffer'} if isinstance(o, torch.optim.Muon) else {'step', 'exp_avg', 'exp_avg_sq'}
         if any(now.keys() != expected for now in state.values()):
@@ -514,11 +531,12 @@ def open_hellaswag(folder, encoding):
         with open(path, 'rb') as file:
             for number, line in enumerate(file, 1):  # noqa: B007  named in the message
                 item = json.loads(line)
-                if not (isinstance(item['ctx'], str) and len(item['endings']) == 4 and type(item['label']) is int and 0 <= item['label'] < 4):
+                if not (item['ctx'].strip() and type(item['endings']) is list and len(item['endings']) == 4 and all(e.strip() for e in item['endings'])
+                        and type(item['label']) is int and 0 <= item['label'] < 4):
                     raise ValueError('expected ctx, four endings and a label from 0 to 3')
                 endings = [encoding.encode_ordinary(' ' + ending) for ending in item['endings']]
                 items.append((encoding.encode_ordinary(item['ctx']), endings, item['label']))
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f'{path} line {number}: {error}' if number else f'{path}: {error}') from error
     if not items:
         raise ValueError(f'{path} holds no items')

@@ -127,12 +127,18 @@ def checkpoint_path_of(step):
 def checkpoint_of(path):  # one dict, whatever the files; ValueError if it is damaged
     return read_gpt(path, whole=True)
 
-try:
-    init_path = '' if init_from == 'scratch' else find_gpt(init_from)
-except OSError as error:
-    fail(f'--init_from={error}')
-if init_path and read_only and not checkpoint_path:
-    config.assign('checkpoint_path', init_path)
+def path_of_weights():
+    try:
+        return find_gpt(init_from)
+    except OSError as error:
+        fail(f'--init_from={error}{nearby(init_from)}')
+
+if init_from != 'scratch' and checkpoint_path:
+    fail('--init_from and --checkpoint_path name two beginnings: give one')
+if init_from != 'scratch' and read_only:
+    config.assign('checkpoint_path', path_of_weights())
+if export and (os.path.isfile(export) or os.path.isdir(export) and os.listdir(export)):
+    fail(f'--export={export} is there already: name a new folder')
 
 # ---- stored run (=) ------------------------------------------------------------------------------------------------
 # Which checkpoint this launch reads, if any. What was typed when that run began counts as typed again, unless anew.
@@ -188,14 +194,20 @@ elif checkpoint:
 
 # ---- derived -------------------------------------------------------------------------------------------------------
 config.assign('log_dir', run_dir)
-if init_path and not checkpoint:
+if read_only and 'model_parallel' not in typed_now:
+    config.assign('model_parallel', False)  # a stored one: files hold whole tensors
+if init_from != 'scratch' and not checkpoint:
     try:
-        checkpoint, checkpoint_file = read_gpt(init_path), init_path
+        checkpoint_file = path_of_weights()
+        checkpoint = read_gpt(checkpoint_file)
     except (ValueError, OSError) as error:
         fail(f'--init_from={init_from}: {error}')
 if checkpoint and 'step' not in checkpoint:  # the weights' shape counts as typed
     if not {'n_head'} & {*checkpoint['config'], *config.given}:
         fail(f'{checkpoint_file} does not tell the number of heads: add --n_head')
+    for name, value in checkpoint['config'].items():
+        if name in config.given and config[name] != value and name not in ('block_size', 'vocab_size'):
+            fail(f'--{name}={config[name]} is not that of {checkpoint_file}: {value}')
     known_size = dict(model=init_from) if init_from in GPT_SIZES else {}
     config.restore({**known_size, **{name: value for name, value in checkpoint['config'].items() if name != 'vocab_size'}}, checkpoint_file)
 config.fill({**GPT_SIZES[model], **{
@@ -301,7 +313,9 @@ accumulation = total_batch_size // micro_total  # micro-steps per step
 rows_per_step = total_batch_size // T
 
 if generate or export:
-    train_shards, val_shards, tokenizer = {}, {}, checkpoint.get('tokenizer', TOKENIZERS['gpt2'])
+    ids = checkpoint['config'].get('vocab_size', 0)  # weights from elsewhere do not name their tokenizer, its size does
+    guess = next((known for known in TOKENIZERS.values() if known['vocab_size'] <= ids <= known['vocab_size'] + 63), TOKENIZERS['gpt2'])
+    train_shards, val_shards, tokenizer = {}, {}, checkpoint.get('tokenizer', guess)
     if tokenizer not in TOKENIZERS.values():
         fail(f'{checkpoint_file} names an unknown tokenizer')
 else:
@@ -390,8 +404,7 @@ def load_weights(checkpoint):
 def load_training(checkpoint):
     """Everything else that state_files stored; ValueError if it does not belong to this data."""
     global first_step, first_row
-    if checkpoint['step']:  # before the first update there is no state
-        load_optimizer_state(raw_model, optimizers, checkpoint['optimizer'])  # the present lr, decay, betas stay
+    load_optimizer_state(raw_model, optimizers, checkpoint['optimizer'])  # the present lr, decay, betas stay
     if checkpoint['scaler']:  # empty if the run had another dtype
         scaler.load_state_dict(checkpoint['scaler'])
     there, here = checkpoint['train_loader_state'], loader_state(0)
@@ -613,7 +626,7 @@ def sample(text, seed):
 if read_only:
     step, path, files = checkpoint.get('step', 0), '', {}
     if export:
-        path, files = export, export_files(whole_weights(raw_model), raw_model.config, tokenizer)
+        path, files = os.path.normpath(export), export_files(whole_weights(raw_model), raw_model.config, tokenizer)
     elif generate:
         print0('\n----\n'.join(sample(generate, seed)))
     else:
@@ -623,7 +636,8 @@ if read_only:
             report['hellaswag_acc'], report['hellaswag_acc_norm'] = evaluate_hellaswag()
             report['hellaswag_items'] = len(hellaswag)
             print0(f'step {step}/{max_steps} | hellaswag acc {report["hellaswag_acc"]:.4f} | acc_norm {report["hellaswag_acc_norm"]:.4f}')
-        path, files = os.path.join(run_dir if init_path else os.path.dirname(os.path.normpath(checkpoint_file)), 'eval.json'), {'': report}
+        folder = run_dir if 'init_from' in typed_now else os.path.dirname(os.path.normpath(checkpoint_file))
+        path, files = os.path.join(folder, 'eval.json'), {'': report}
     if path:
         try:
             if master:
@@ -720,7 +734,8 @@ for step in range(start_step, max_steps + 1):
         fail(f'step {step + 1}: loss {step_loss}, gradient norm {step_norm}; stopped before the update, no checkpoint holds it '
              '(try a lower max_lr or more warmup_steps)', 1)
     for o in optimizers:
-        scaler.step(o)
+        if not overflow:  # the scaler itself would skip only those that saw it
+            scaler.step(o)
         o.zero_grad(set_to_none=True)
     scaler.update()
 

@@ -95,10 +95,10 @@ class Contestant:
 
     def end(self):
         """Peak resident memory, MB; on a GPU it says nothing."""
-        status = Path(f'/proc/{self.process.pid}/status').read_text()
+        peak = re.search(r'VmHWM:\s*(\d+)', Path(f'/proc/{self.process.pid}/status').read_text())
         self.process.kill()
         self.process.wait()
-        return int(re.search(r'VmHWM:\s*(\d+)', status)[1]) / 1024
+        return int(peak[1]) / 1024 if peak else math.nan  # it had ended by itself
 
 
 def contestants(case, folder):
@@ -220,7 +220,7 @@ def learn_as_nanogpt(seed, batches, lr_of):
 
 
 def compare_learning():
-    """Three seeds of weights each, on the batches of seed 0: mean loss of the last fifth of the steps."""
+    """Three seeds of weights and batches, both on the same batches."""
     import torch
 
     from model import open_shards, shard_rows
@@ -235,7 +235,7 @@ def compare_learning():
             yield rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
     def lr_of(step):
-        done = (step - warmup) / (learning_steps - warmup)
+        done = (step - warmup) / max(1, learning_steps - warmup)
         return peak * (step + 1) / warmup if step < warmup else peak / 10 + peak * 0.9 * (1 + math.cos(math.pi * done)) / 2
 
     curves = {'ours': [], 'nanoGPT': []}
@@ -248,7 +248,7 @@ def compare_learning():
         torch.manual_seed(seed)
         curves['nanoGPT'].append(learn_as_nanogpt(seed, batches(seed), lr_of))
     marks = [m for m in (10, 50, 100, 200, 300, 500, 1000) if m <= learning_steps]
-    print('\nloss, mean of 10 steps, 3 seeds (weights and batches)\n| steps | ' + ' | '.join(map(str, marks)) + ' |\n|---' * (len(marks) + 1) + '|')
+    print('\nloss, mean of 10 steps, 3 seeds (weights and batches)\n| steps | ' + ' | '.join(map(str, marks)) + ' |\n' + '|---' * (len(marks) + 1) + '|')
     for name, runs in curves.items():
         for losses in runs:
             print(f'| {name} | ' + ' | '.join(f'{statistics.mean(losses[m - 10:m]):.4f}' for m in marks) + ' |')

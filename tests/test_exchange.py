@@ -219,6 +219,19 @@ def test_export_brings_the_tokenizer(go, tmp_path):
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'out').config.vocab_size == 50257
 
 
+def test_export_takes_nothing_away(go, tmp_path):
+    go().ok()
+    (tmp_path / 'mine').mkdir()
+    (tmp_path / 'mine/thesis.txt').write_text('x')
+    for there in ('logs', 'mine', 'mine/thesis.txt', '.'):
+        assert 'is there already' in go(f'--export={there}', base=[]).one_line()
+    assert (tmp_path / 'mine/thesis.txt').exists() and (tmp_path / 'logs/model_00004.pt').exists()
+    go('--export=new/', base=[]).ok()
+    assert sorted(path.name for path in (tmp_path / 'new').iterdir()) == ['config.json', 'model.safetensors']
+    assert go('--init_from=new', '--generate=x', base=[]).ok().out.count('x')  # its size tells the tokenizer
+    assert 'is there already' in go('--export=new', base=[]).one_line()
+
+
 def test_export_never_leaves_half_a_folder(go, tmp_path):
     go().ok()
     assert go('--export=out', base=[], files_limit=2000).codes == [1]
@@ -235,7 +248,16 @@ def test_init_from(go, tmp_path):
     assert 'weights from out' in run.out and losses(run)[0] < 3 and '2 layers, 4 heads, width 16, 16 positions, 320 ids' in run.out
     shutil.rmtree(tmp_path / 'out')
     assert 'resumed from tuned/model_00004.pt' in go('--auto_resume', '--log_dir=tuned', '--max_steps=6', base=[]).ok().out
+    again = go(*begin, '--auto_resume', '--max_steps=8', base=[]).ok()  # the same command, although the file is gone
+    assert 'resumed from tuned/model_00006.pt' in again.out
     assert 'n_layer cannot change' in go('--auto_resume', '--log_dir=tuned', '--n_layer=3', base=[]).one_line()
+
+
+@pytest.mark.parametrize('content', [{1: torch.zeros(3)}, {'step': 3}, {'wte.weight': torch.zeros(()), 'wpe.weight': torch.zeros(()), 'h.0.attn.c_attn.weight': torch.zeros(())},
+                                     {'wte.weight': torch.zeros(0, 2 ** 40), 'wpe.weight': torch.zeros(0, 2 ** 40), 'h.0.attn.c_attn.weight': torch.zeros(0)}, [], 3], ids=str)
+def test_hostile_files_end_in_one_line(go, tmp_path, content):
+    torch.save(content, tmp_path / 'x.pt')
+    assert 'x.pt' in go('--init_from=x.pt').one_line() and 'x.pt' in go('--eval_only', '--checkpoint_path=x.pt', base=['--data_root=data']).one_line()
 
 
 def test_init_from_what_does_not_fit(go, tmp_path):
@@ -245,11 +267,14 @@ def test_init_from_what_does_not_fit(go, tmp_path):
     assert 'add --n_head' in go('--init_from=bare.pt', base=short).one_line()
     assert 'fewer than block_size 32' in go('--init_from=bare.pt', '--n_head=4', '--block_size=32', base=short).one_line()
     assert 'no model of the hub' in go('--init_from=missing.pt', base=short).one_line()
-    assert 'does not fit' in go('--init_from=bare.pt', '--n_head=4', '--n_layer=3', base=short).one_line()
+    assert '--n_layer=3 is not that of bare.pt: 2' in go('--init_from=bare.pt', '--n_head=4', '--n_layer=3', base=short).one_line()
+    assert '--n_head=2 is not that of logs/model_00004.pt: 4' in go('--init_from=logs/model_00004.pt', '--n_head=2', base=short).one_line()
+    assert 'two beginnings' in go('--init_from=bare.pt', '--checkpoint_path=logs/model_00004.pt', '--resume', base=short).one_line()
+    assert 'logs/model_00004.pt' in go('--init_from=logs/model_4.pt', base=short).one_line()  # what does exist
     assert '8 positions' in go('--init_from=bare.pt', '--n_head=4', '--block_size=8', base=short).ok().out
     random_gpt_file = tmp_path / 'other.pt'
     torch.save(random_gpt().state_dict(), random_gpt_file)
-    assert 'it has 96 ids' in go(f'--init_from={random_gpt_file}', '--n_head=4', '--log_dir=other', base=short).one_line()
+    assert 'it has 96 ids' in go(f'--init_from={random_gpt_file}', '--n_head=4', '--n_embd=32', '--log_dir=other', base=short).one_line()
 
 
 # ---- HellaSwag
@@ -331,7 +356,7 @@ def test_hellaswag_on_real_rows(tmp_path):
 @pytest.mark.parametrize('line', ['', '{', '[]', '{"ctx": "a"}', '{"ctx": 3, "endings": ["a", "b", "c", "d"], "label": 1}', '\xff\xfe',
                                   '{"ctx": "a", "endings": ["a", "b", "c"], "label": 1}', '{"ctx": "a", "endings": ["a", "b", "c", 4], "label": 1}',
                                   '{"ctx": "a", "endings": ["a", "b", "c", "d"], "label": 4}', '{"ctx": "a", "endings": ["a", "b", "c", "d"], "label": true}',
-                                  '{"ctx": "a", "endings": "abcd", "label": null}', '[' * 100000])
+                                  '{"ctx": "a", "endings": "abcd", "label": 1}', '{"ctx": "", "endings": ["", "", "", ""], "label": 0}', '[' * 100000])
 def test_damaged_hellaswag_files_are_named(go, tmp_path, line):
     write_items(tmp_path / 'h', some_items(2))
     with open(tmp_path / 'h/hellaswag_val.jsonl', 'ab') as file:
@@ -371,10 +396,14 @@ def test_model_parallel_gives_the_training_of_one_process(go, one_process, tmp_p
         (tmp_path / f'{there}_on/model_00020.pt').unlink()
         resumed = go('--auto_resume', f'--log_dir={there}_on', *(how or ['--no-model_parallel']), base=[], ranks=here, timeout=120).ok()
         assert losses(resumed) == pytest.approx(losses(one_process)[10:], abs=1e-5), there
-    assert 'val loss' in go('--eval_only', '--log_dir=split', base=[], ranks=ranks, timeout=120).ok().out
-    go('--generate=x', '--log_dir=split', base=[], ranks=ranks, timeout=120).ok()
-    go('--export=out', '--log_dir=split', base=[], ranks=ranks, timeout=120).ok()
-    assert not differences(read_gpt(str(tmp_path / 'out'))['model'] | {'transformer.wte.weight': 0}, ours['model'] | {'transformer.wte.weight': 0})
+    shown = []
+    for i, how in enumerate((dict(ranks=ranks), dict())):  # split again, or by one process to which nobody says anything
+        again = ['--log_dir=split', *(['--model_parallel'] if how else [])]
+        shown.append(go('--eval_only', *again, base=[], **how, timeout=120).ok().out)
+        go('--generate=x', *again, base=[], **how, timeout=120).ok()
+        go(f'--export=out{i}', *again, base=[], **how, timeout=120).ok()
+        assert not differences(read_gpt(str(tmp_path / f'out{i}'))['model'] | {'transformer.wte.weight': 0}, ours['model'] | {'transformer.wte.weight': 0})
+    assert len({re.search(r'val loss [\d.]+', out)[0] for out in shown}) == 1
 
 
 def test_model_parallel_refusals(go):
@@ -422,6 +451,30 @@ def test_muon_trains_and_resumes_bit_for_bit(go, tmp_path):
     a, b = (load(tmp_path / folder / 'model_00008.pt') for folder in 'ab')
     assert not differences(a['model'], b['model']) and not differences(a['optimizer'], b['optimizer'])
     assert 'not that of AdamW' in go('--auto_resume', '--log_dir=b', '--optimizer=adamw', '--max_steps=10', base=[]).one_line()
+
+
+def test_muon_and_adamw_skip_a_step_together(go, tmp_path):
+    """float16: an overflow in one optimizer's gradients; a checkpoint of a run that has made no update yet goes on."""
+    prelude = """
+import torch
+real = torch.nn.utils.clip_grads_with_norm_
+def clip(parameters, *args, **kwargs):
+    parameters[0].grad[0, 0] = float('inf')
+    real(parameters, *args, **kwargs)
+torch.nn.utils.clip_grads_with_norm_ = clip
+real_unscale = torch.amp.GradScaler.unscale_
+def unscale(self, optimizer):
+    if isinstance(optimizer, torch.optim.AdamW):
+        optimizer.param_groups[0]['params'][0].grad[0, 0] = float('inf')
+    real_unscale(self, optimizer)
+torch.amp.GradScaler.unscale_ = unscale
+"""
+    args = ['--optimizer=muon', '--dtype=float16', '--checkpoint_interval=1', '--keep_last_n_checkpoints=0', '--max_steps=2', '--eval_interval=-1']
+    go(*args, prelude=prelude).ok()
+    first, second = (load(tmp_path / f'logs/model_0000{step}.pt') for step in (1, 2))
+    assert not differences(first['model'], second['model']) and second['optimizer']['state'] == {} and second['scaler']['scale'] < first['scaler']['scale']
+    assert load(tmp_path / 'logs/model_00002.pt')['step'] == 2
+    go('--auto_resume', '--max_steps=4', base=[]).ok()
 
 
 def test_muon_on_two_ranks(go):
