@@ -68,7 +68,8 @@ class Contestant:
     def __init__(self, name, folder, command, pattern):
         self.name, self.folder, self.pattern, self.ms = name, folder, re.compile(pattern), []
         env = dict(os.environ, PYTHONUNBUFFERED='1', CUDA_LAUNCH_BLOCKING='0')
-        self.process = subprocess.Popen([sys.executable, *map(str, command)], cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self.process = subprocess.Popen([sys.executable, *map(str, command)], cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                        start_new_session=True)  # else the kernel continues stopped ones when the launching shell goes
         self.seen = []
         self.lines(4)  # compiled and warm
         self.pause()
@@ -257,6 +258,7 @@ def compare_learning():
 
 
 if __name__ == '__main__':
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no stopped contestant stays behind
     if set(cases) - set(CASES):
         fail(f'unknown cases {sorted(set(cases) - set(CASES))}, known are {", ".join(CASES)}')
     if learning:
