@@ -225,7 +225,8 @@ class GPT(nn.Module):
         counts = (place < end) & (place >= end - n)  # (B, T)
         x, targets = self.hidden(tokens[:, :-1])[counts], tokens[:, 1:][counts]  # only these positions need logits
         weight = self.transformer.wte.weight
-        parts = zip(x.split(max(1, LOGITS_AT_ONCE // len(weight))), targets.split(max(1, LOGITS_AT_ONCE // len(weight))), strict=True)
+        at_once = max(1, LOGITS_AT_ONCE // len(weight))
+        parts = zip(x.split(at_once), targets.split(at_once), strict=True)
         losses = torch.cat([F.cross_entropy(F.linear(x_part, weight).float(), t, reduction='none') for x_part, t in parts])
         return torch.zeros(len(rows), device=device).index_add_(0, counts.nonzero()[:, 0], losses)
 

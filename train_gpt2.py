@@ -133,6 +133,8 @@ def path_of_weights():
     except OSError as error:
         fail(f'--init_from={error}{nearby(init_from)}')
 
+if eval_only + (generate != '') + (export != '') > 1:
+    fail('--eval_only, --generate and --export are three launches: give one')
 if init_from != 'scratch' and checkpoint_path:
     fail('--init_from and --checkpoint_path name two beginnings: give one')
 if init_from != 'scratch' and read_only:
@@ -313,7 +315,7 @@ accumulation = total_batch_size // micro_total  # micro-steps per step
 rows_per_step = total_batch_size // T
 
 if generate or export:
-    ids = checkpoint['config'].get('vocab_size', 0)  # weights from elsewhere do not name their tokenizer, its size does
+    ids = 0 if 'step' in checkpoint else checkpoint['config']['vocab_size']  # weights from elsewhere do not name their tokenizer, its size does
     guess = next((known for known in TOKENIZERS.values() if known['vocab_size'] <= ids <= known['vocab_size'] + 63), TOKENIZERS['gpt2'])
     train_shards, val_shards, tokenizer = {}, {}, checkpoint.get('tokenizer', guess)
     if tokenizer not in TOKENIZERS.values():
@@ -599,7 +601,7 @@ def evaluate():
     return sum(everyone(torch.stack(losses).cpu().double().sum().item())) / (val_rows * T * model_ranks)
 
 def evaluate_hellaswag():
-    """(acc, acc_norm), see hellaswag_scores; rows of like length together, split over the ranks."""
+    """Logs and returns the hellaswag_scores; rows of like length together, split over the ranks."""
     raw_model.eval()
     losses, rows = {}, [(context + ending, len(ending)) for context, endings, _ in hellaswag for ending in endings]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
@@ -610,7 +612,9 @@ def evaluate_hellaswag():
             losses.update(zip(chosen, raw_model.ending_losses([rows[i] for i in chosen]).tolist(), strict=True))
     raw_model.train()
     losses = {i: loss for found in everyone(losses) for i, loss in found.items()}
-    return hellaswag_scores(hellaswag, [losses[i] for i in range(len(rows))])
+    acc, acc_norm = hellaswag_scores(hellaswag, [losses[i] for i in range(len(rows))])
+    log(f'step {step}/{max_steps} | hellaswag acc {acc:.4f} | acc_norm {acc_norm:.4f}')
+    return dict(hellaswag_acc=acc, hellaswag_acc_norm=acc_norm)
 
 def sample(text, seed):
     """num_samples continuations of `text`, a list of strings. Every rank draws the same."""
@@ -633,9 +637,7 @@ if read_only:
         report = dict(step=step, val_loss=evaluate(), val_tokens=val_rows * T, checkpoint=checkpoint_file, data_root=data_root)
         print0(f'step {step}/{max_steps} | val loss {report["val_loss"]:.4f}')
         if hellaswag:
-            report['hellaswag_acc'], report['hellaswag_acc_norm'] = evaluate_hellaswag()
-            report['hellaswag_items'] = len(hellaswag)
-            print0(f'step {step}/{max_steps} | hellaswag acc {report["hellaswag_acc"]:.4f} | acc_norm {report["hellaswag_acc_norm"]:.4f}')
+            report.update(evaluate_hellaswag(), hellaswag_items=len(hellaswag))
         folder = run_dir if 'init_from' in typed_now else os.path.dirname(os.path.normpath(checkpoint_file))
         path, files = os.path.join(folder, 'eval.json'), {'': report}
     if path:
@@ -681,10 +683,9 @@ for step in range(start_step, max_steps + 1):
                 snapshot['progress'] = dict(progress)
                 save(checkpoint_path_of('best'))
         if hellaswag and step and (step % hellaswag_interval == 0 or last):
-            acc, acc_norm = evaluate_hellaswag()
-            log(f'step {step}/{max_steps} | hellaswag acc {acc:.4f} | acc_norm {acc_norm:.4f}')
+            scores = evaluate_hellaswag()
             if wandb_run:
-                wandb_run.log({'val/hellaswag_acc': acc, 'val/hellaswag_acc_norm': acc_norm}, step=step)
+                wandb_run.log({f'val/{name}': score for name, score in scores.items()}, step=step)
         if encoding and generate_interval > 0 < step and (step % generate_interval == 0 or last):
             for text in sample('', seed + step):
                 log(f'step {step}/{max_steps} | sample\n' + '\n'.join('    ' + line for line in text.splitlines()))
@@ -724,7 +725,7 @@ for step in range(start_step, max_steps + 1):
             parts.setdefault(re.match(r'transformer\.(h\.\d+\.\w+|\w+)', name)[1], []).append(p.grad)
         gradients = ' | grad ' + ' '.join(f'{part} {total_norm(grads).item():.2e}' for part, grads in parts.items())
     norm = total_norm([p.grad for p in parameters])
-    torch.nn.utils.clip_grads_with_norm_(parameters, clip if clip > 0 else math.inf, norm, foreach=not model_parallel)
+    torch.nn.utils.clip_grads_with_norm_(parameters, clip if clip > 0 else math.inf, norm, foreach=False if model_parallel else None)
     report = torch.stack((loss_sum / model_ranks, norm / world_size))  # one tensor, one host read; NaN or infinity on any rank survives the sum
     if ddp:
         dist.all_reduce(report)

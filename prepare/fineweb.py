@@ -100,6 +100,16 @@ def read_parquet(path, first):
         fail(f'{path} cannot be read as parquet (row group {row_group}, near row {number}): {error}')
 
 
+def parsed(line, where):
+    """What a line of JSON (bytes) holds."""
+    try:
+        return json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        fail(f'{where}: not UTF-8 ({error.reason} at byte {error.start} of the line)')
+    except (ValueError, RecursionError) as error:
+        fail(f'{where}: not JSON ({error})')
+
+
 def read_jsonl(path, first):
     size, seen = os.path.getsize(path), 0
     with open(path, 'rb') as file:
@@ -108,12 +118,7 @@ def read_jsonl(path, first):
             if number < first or not line.strip():
                 continue
             where = f'{path} line {number + 1}'
-            try:
-                row = json.loads(line.decode())
-            except UnicodeDecodeError as error:
-                fail(f'{where}: not UTF-8 ({error.reason} at byte {error.start} of the line)')
-            except (ValueError, RecursionError) as error:
-                fail(f'{where}: not JSON ({error})')
+            row = parsed(line, where)
             if not isinstance(row, dict) or text_field not in row:
                 fail(f'{where}: expected an object with a {text_field!r} (another key: --text_field)')
             yield number, checked(row[text_field], where), seen / size

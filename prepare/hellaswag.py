@@ -23,7 +23,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configurator import configure, fail, print0
-from prepare.fineweb import checked, one_line_errors, write_file, write_json
+from prepare.fineweb import checked, one_line_errors, parsed, write_file, write_json
 
 # -----------------------------------------------------------------------------
 # settings
@@ -67,12 +67,7 @@ def rows(content, name):
         if not line.strip():
             continue
         where = f'{name} line {number}'
-        try:
-            row = json.loads(line.decode())
-        except UnicodeDecodeError as error:
-            fail(f'{where}: not UTF-8 ({error.reason} at byte {error.start} of the line)')
-        except (ValueError, RecursionError) as error:
-            fail(f'{where}: not JSON ({error})')
+        row = parsed(line, where)
         if not isinstance(row, dict) or not {'ctx', 'endings', 'label'} <= row.keys():
             found = f'{sorted(row)!r:.100}' if isinstance(row, dict) else type(row).__name__
             fail(f'{where}: found {found}, expected an object with ctx, endings and label')

@@ -8,7 +8,7 @@ import pytest
 os.environ['OMP_NUM_THREADS'] = '1'  # before torch is imported: runs of two ranks share two cores
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[1])]
 
-from harness import Launcher  # noqa: E402
+from harness import TINY, Launcher, make_text_data  # noqa: E402
 
 
 def pytest_addoption(parser):
@@ -31,3 +31,13 @@ def launcher():
     launcher = Launcher()
     yield launcher
     launcher.close()
+
+
+@pytest.fixture
+def go(launcher, tmp_path):
+    """go('--max_steps=2', ...) runs the tiny training in a folder of its own."""
+    make_text_data(tmp_path / 'data')
+
+    def go(*args, base=TINY, **kwargs):
+        return launcher.run('train_gpt2.py', [*base, *args], cwd=tmp_path, **kwargs)
+    return go

@@ -28,6 +28,10 @@ import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+# train_gpt2.py on byte tokens: 4 steps in a second.
+TINY = ['--data_root=data', '--block_size=16', '--n_layer=2', '--n_head=4', '--n_embd=16', '--batch_size=2', '--total_batch_size=128', '--max_steps=4',
+        '--warmup_steps=2', '--max_lr=1e-2', '--val_tokens=256', '--eval_interval=2', '--checkpoint_interval=2', '--generate_interval=4', '--max_new_tokens=8',
+        '--log_interval=1']
 # Kills the run at the n-th of all operations that its saves consist of, in the middle of it where it has one; n = 0: never.
 # The last line that it prints is `operations: open:model_00002.pt.tmp write:model_00002.pt.tmp fsync:...`.
 KILL_AT = """
@@ -165,6 +169,10 @@ def until_done(launcher, rng, kills, longest, *args, **kwargs):
         run.kill(signal.SIGKILL)
         assert set(run.wait()) <= {0, -9}, f'{run.codes}\n{run.out}\n{run.err}'
     return launcher.run(*args, **kwargs).ok()
+
+
+def losses(run):
+    return [float(x) for x in re.findall(r'\| loss ([\d.]+)', run.out)]
 
 
 def load(path):

@@ -10,26 +10,8 @@ import sys
 
 import pytest
 import torch
-from harness import ROOT, clean_log, differences, load, make_text_data
+from harness import ROOT, TINY, clean_log, differences, load, losses, make_text_data
 from test_configurator import GUIDES
-
-TINY = ['--data_root=data', '--block_size=16', '--n_layer=2', '--n_head=2', '--n_embd=16', '--batch_size=2', '--total_batch_size=128', '--max_steps=4',
-        '--warmup_steps=2', '--max_lr=1e-2', '--val_tokens=256', '--eval_interval=2', '--checkpoint_interval=2', '--generate_interval=4', '--max_new_tokens=8',
-        '--log_interval=1']
-
-
-@pytest.fixture
-def go(launcher, tmp_path):
-    """go('--max_steps=2', ...) runs the tiny training in a folder of its own."""
-    make_text_data(tmp_path / 'data')
-
-    def go(*args, base=TINY, **kwargs):
-        return launcher.run('train_gpt2.py', [*base, *args], cwd=tmp_path, **kwargs)
-    return go
-
-
-def losses(run):
-    return [float(x) for x in re.findall(r'\| loss ([\d.]+)', run.out)]
 
 
 def column(run, name):
