@@ -30,7 +30,7 @@ import tokenize
 import warnings
 
 # How a run was launched, not what it is: neither stored for a resume nor written to its config.py.
-LAUNCH = ('auto_resume', 'resume', 'checkpoint_path', 'eval_only', 'generate', 'export', 'ask')
+LAUNCH = ('auto_resume', 'resume', 'checkpoint_path', 'eval_only', 'generate', 'chat', 'export', 'ask')
 BOOLS = {'true': True, '1': True, 'false': False, '0': False}
 master = os.environ.get('RANK', '0') == '0'
 if hasattr(sys.stdout, 'reconfigure'):
@@ -56,7 +56,8 @@ def nearby(path):
     """For a message that `path` is missing: what exists, the same name at any number, in its folder or one beside it."""
     folder, name = os.path.split(os.path.normpath(path))
     found = glob.glob(os.path.join(glob.escape(os.path.dirname(folder)), '*', re.sub('[0-9]+', '*', glob.escape(name))))
-    return '; there is ' + ', '.join(sorted(found)[-3:]) if found else ''
+    found = sorted(found, key=lambda other: (os.path.basename(other) == name, other))
+    return '; there is ' + ', '.join(found[-3:]) if found else ''
 
 
 class Config(dict):

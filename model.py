@@ -8,8 +8,10 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import zipfile
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -116,22 +118,24 @@ LOGITS_AT_ONCE = 2 ** 24  # elements: 64 MB of float32. 16 times as many on a GP
 class HeadLoss(torch.autograd.Function):
     """Sum of the cross-entropies, in nats, of softmax(x @ weight.T) against targets; a target of -1 does not count.
 
-    x (N, C), weight (V, C), targets (N,) -> scalar. The logits (N, V) never exist at once: a slice of rows at a time gives
+    x (N, C), weight (V, C), targets (N,), factors (N,) of the terms or None -> scalar. The logits (N, V) never exist at once: a slice of rows at a time gives
     its loss and, in the same pass, its share of both gradients, because d loss / d logits = softmax - onehot needs
     nothing from upstream but a factor. At V = 50304 the logits of a micro-batch would be by far the largest tensor."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets, need_gradients):
+    def forward(ctx, x, weight, targets, need_gradients, factors=None):
         total = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
         dx, dweight = (torch.empty_like(x), torch.zeros_like(weight)) if need_gradients else (None, None)
         compute = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         x, weight = x.to(compute), weight.to(compute)
         slices = min(len(x), -(-len(x) * len(weight) // (LOGITS_AT_ONCE * (1 if x.device.type == 'cpu' else 16))))
         rows = -(-len(x) // slices)  # of like size: a short last one would read all weights for little
-        for x_part, dx_part, t in zip(x.split(rows), (dx if need_gradients else x).split(rows), targets.split(rows), strict=True):
-            logits = F.linear(x_part, weight).to(total.dtype)  # (n, V); a sum over 50,000 exponentials wants float32
-            t = t.unsqueeze(1)
-            counts, t = (t >= 0).to(total.dtype), t.clamp(min=0)
+        buffer = None if torch.compiler.is_compiling() else x.new_empty(rows, len(weight))  # one for all slices: a new one each costs 5% of a step
+        factors = (targets >= 0).to(total.dtype) if factors is None else torch.where(targets >= 0, factors, 0).to(total.dtype)
+        for x_part, dx_part, t, counts in zip(x.split(rows), (dx if need_gradients else x).split(rows), targets.split(rows), factors.split(rows), strict=True):
+            product = F.linear(x_part, weight) if buffer is None else torch.mm(x_part, weight.t(), out=buffer[:len(x_part)])
+            logits = product.to(total.dtype)                   # (n, V); a sum over 50,000 exponentials wants float32
+            counts, t = counts.unsqueeze(1), t.unsqueeze(1).clamp(min=0)
             picked, top = logits.gather(1, t), logits.amax(1, keepdim=True)
             exponentials = logits.sub_(top).exp_()             # in place: the slice is the largest tensor there is
             sums = exponentials.sum(1, keepdim=True)
@@ -151,7 +155,7 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx, upstream):
         dx, dweight = ctx.gradients
         ctx.gradients = None  # scaled in place: a second backward must fail, not count twice
-        return dx.mul_(upstream), dweight.mul_(upstream), None, None
+        return dx.mul_(upstream), dweight.mul_(upstream), None, None, None
 
 
 class GPT(nn.Module):
@@ -186,15 +190,16 @@ class GPT(nn.Module):
             x = block(x, cache)
         return self.transformer.ln_f(x)
 
-    def forward(self, idx, targets=None, reduction='mean'):
+    def forward(self, idx, targets=None, reduction='mean', places=None, factors=None):
         """Without targets the logits (B, T, V). With targets (B, T), -1 where nothing is to be predicted, the loss in nats:
-        its mean or sum over the targets that count."""
+        its mean or sum over the targets that count. Where few do, places (n,) are theirs in idx.flatten(): targets is (n,)
+        then, and no other position meets the head. factors: one for each target's term of the sum."""
         x = self.hidden(idx)
         weight = self.transformer.wte.weight
         if targets is None:
             return F.linear(x, weight)
-        targets = targets.reshape(-1)
-        loss = HeadLoss.apply(x.reshape(-1, x.size(-1)), weight, targets, torch.is_grad_enabled())
+        x, targets = x.reshape(-1, x.size(-1)), targets.reshape(-1)
+        loss = HeadLoss.apply(x if places is None else x[places], weight, targets, torch.is_grad_enabled(), factors)
         return loss / (targets >= 0).sum() if reduction == 'mean' else loss
 
     def flops_per_token(self, T):
@@ -231,17 +236,22 @@ class GPT(nn.Module):
         return torch.zeros(len(rows), device=device).index_add_(0, counts.nonzero()[:, 0], losses)
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, n_vocab=0, eot=-1, generator=None):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, n_vocab=0, eot=-1, generator=None, lengths=None):
         """Continue idx (B, T) by up to max_new_tokens ids, each step from the last position alone with a key-value cache.
+
+        lengths (B,): of prompts that were padded on the right; row b then continues at lengths[b], over its padding, and goes
+        on with anything once it has its max_new_tokens, until all have theirs.
 
         temperature 0 = the likeliest id. top_k 0, top_p 1 = off. Ids >= n_vocab (0 = all allowed) are never drawn: the
         padding of the vocabulary has no text. Rows that drew `eot` go on with eot; stops when all did. At block_size the
         older half of the context is forgotten: learned positions cannot slide. Leaves the training mode as it was."""
         mode, block_size = self.training, self.config.block_size
         self.eval()
+        prompts, lengths = idx, torch.full((len(idx),), idx.size(1)) if lengths is None else lengths
+        idx, limit, lengths = idx[:, :int(lengths.min())], int(lengths.max()) + max_new_tokens, lengths.to(idx.device).unsqueeze(1)
         cache, feed = {}, idx[:, -block_size:]
         ended = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
-        for _ in range(max_new_tokens):
+        for place in range(idx.size(1), limit):
             if cache and next(iter(cache.values()))[0].size(2) == block_size:
                 cache, feed = {}, idx[:, -max(1, block_size // 2):]
             logits = F.linear(self.hidden(feed, cache)[:, -1], self.transformer.wte.weight).float()  # (B, V)
@@ -261,9 +271,11 @@ class GPT(nn.Module):
                     logits[outside.scatter(1, order, outside)] = -math.inf
                 feed = torch.multinomial(logits.softmax(1), 1, generator=generator)  # (B, 1)
             feed = torch.where(ended, eot, feed)
+            if place < prompts.size(1):  # some prompts go on
+                feed = torch.where(place < lengths, prompts[:, place:place + 1], feed)
             idx = torch.cat((idx, feed), 1)
-            ended |= feed == eot
-            if ended.all():
+            ended |= (feed == eot) & (place >= lengths)
+            if (ended | (place + 1 >= lengths + max_new_tokens)).all():
                 break
         self.train(mode)
         return idx
@@ -321,9 +333,9 @@ def read_safetensors(path):
 
 def read_gpt(path, whole=False):
     """GPT-2 weights as {'model': state dict of GPT, 'config': its shape in GPTConfig's names}, from a checkpoint of this repository
-    (if `whole`, all of it as it is), a folder or .safetensors of the transformers library, nanoGPT's ckpt.pt, or a bare state
-    dict, which tells n_head only if its size is a published one; with or without the prefixes of torch.compile and DDP.
-    ValueError if it is none of these or does not fit together."""
+    (with its 'tokenizer' and 'data_root'; if `whole`, all of it as it is), a folder or .safetensors of the transformers
+    library, nanoGPT's ckpt.pt, or a bare state dict, which tells n_head only if its size is a published one; with or without the
+    prefixes of torch.compile and DDP. ValueError if it is none of these or does not fit together."""
     try:
         return _read_gpt(path, whole)
     except (AttributeError, TypeError, RuntimeError, IndexError, KeyError, OverflowError) as error:  # what hostile entries provoke
@@ -331,7 +343,7 @@ def read_gpt(path, whole=False):
 
 
 def _read_gpt(path, whole):
-    config = {}
+    config, stored = {}, {}
     if os.path.isdir(path) or path.endswith('.safetensors'):
         try:
             config = read_whole(os.path.join(path if os.path.isdir(path) else os.path.dirname(path), 'config.json'))
@@ -349,16 +361,16 @@ def _read_gpt(path, whole):
         if not config['activation']:
             raise ValueError(f'config.json says activation_function {config["activation_function"]!r}, known are gelu_new and gelu')
     else:
-        found = read_whole(path)
-        if not isinstance(found, dict) or not isinstance(found.get('model', found), dict):
+        stored = read_whole(path)
+        if not isinstance(stored, dict) or not isinstance(stored.get('model', stored), dict):
             raise ValueError('it holds no weights')
-        if whole and 'step' in found and 'model' in found:
-            return found
-        weights = found.get('model', found)
-        if isinstance(found.get('model_args'), dict):  # nanoGPT's, whose activation is the exact GELU
-            config = dict(found['model_args'], activation='gelu')
-        elif isinstance(found.get('config'), dict):
-            config = found['config']
+        if whole and 'step' in stored and 'model' in stored:
+            return stored
+        weights = stored.get('model', stored)
+        if isinstance(stored.get('model_args'), dict):  # nanoGPT's, whose activation is the exact GELU
+            config = dict(stored['model_args'], activation='gelu')
+        elif isinstance(stored.get('config'), dict):
+            config = stored['config']
     ours = {}
     for name, tensor in weights.items():
         while name.startswith(('_orig_mod.', 'module.', 'transformer.')):
@@ -392,7 +404,22 @@ def _read_gpt(path, whole):
         if name not in ours or name not in expected or ours[name].shape != expected[name]:
             raise ValueError(f'{name} is {tuple(ours[name].shape) if name in ours else "missing"}, expected '
                              f'{tuple(expected[name]) if name in expected else "no such weight"}')
-    return {'model': {'transformer.' + name: ours[name] for name in expected}, 'config': shape}
+    found = {'model': {'transformer.' + name: ours[name] for name in expected}, 'config': shape}
+    if stored.get('tokenizer') in TOKENIZERS.values():
+        found['tokenizer'], found['data_root'] = stored['tokenizer'], str(config.get('data_root', ''))
+    return found
+
+
+def adopt_shape(config, shape, source, where):
+    """Make the shape that read_gpt found that of the settings (a Config), as if it had been typed; the data decide on vocab_size, and
+    a shorter block_size may be typed. ValueError if the settings say something else, or if nobody says n_head."""
+    if 'n_head' not in shape and 'n_head' not in config.given:
+        raise ValueError(f'{where} does not tell the number of heads: add --n_head')
+    for name, value in shape.items():
+        if name in config.given and config[name] != value and name not in ('block_size', 'vocab_size'):
+            raise ValueError(f'--{name}={config[name]} is not that of {where}: {value}')
+    size = dict(model=source) if source in GPT_SIZES else {}
+    config.restore({**size, **{name: value for name, value in shape.items() if name != 'vocab_size'}}, where)
 
 
 def fit_weights(weights, block_size, vocab_size, n_vocab):
@@ -476,6 +503,22 @@ def whole_weights(model):
 def load_whole_weights(model, weights):
     """load_state_dict of full tensors."""
     model.load_state_dict({name: part(model, name, tensor) for name, tensor in weights.items()})
+
+
+def make_optimizers(model, optimizer, lr, weight_decay, betas, split=False):
+    """[torch.optim.AdamW] or, for optimizer='muon', [AdamW, Muon]: Muon has the matrices of the blocks. Weight decay is for matrices
+    and embeddings, not for biases and norms. split: some parameters are DTensors.
+
+    Muon: Jordan et al. 2024, kellerjordan.github.io/posts/muon; its updates scaled to the size of AdamW's (arXiv 2502.16982)."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for_muon = {p for p in model.transformer.h.parameters() if p.dim() >= 2} if optimizer == 'muon' else set()
+    fused = dict(foreach=False) if split else dict(fused=parameters[0].device.type in ('cuda', 'cpu'))
+    optimizers = [torch.optim.AdamW([dict(params=[p for p in parameters if p.dim() >= 2 and p not in for_muon], weight_decay=weight_decay),
+                                     dict(params=[p for p in parameters if p.dim() < 2], weight_decay=0.0)], lr=lr, betas=betas, eps=1e-8, **fused)]
+    if for_muon:
+        optimizers.append(torch.optim.Muon([p for p in parameters if p in for_muon], lr=lr, weight_decay=weight_decay, momentum=0.95,
+                                           adjust_lr_fn='match_rms_adamw'))
+    return optimizers
 
 
 def optimizer_state(model, optimizers):
@@ -589,18 +632,19 @@ def open_shard(path):
     return np.memmap(path, '<u2', 'r', offset=1024) if header[2] else np.zeros(0, np.uint16)
 
 
-def open_shards(folder, T):
+def open_shards(folder, T, val_only=False):
     """(training shards {name: tokens}, validation shards {name: tokens}, tokenizer) of a folder that prepare/ wrote.
 
     Validation shards have `val` in their name, else it is the first. All ids are checked: an id beyond the vocabulary would
-    otherwise end a run hours later. T: tokens per row; what is left of a shard is not used. ValueError names file and place."""
+    otherwise end a run hours later. T: tokens per row; what is left of a shard is not used. val_only: the training shards, which may
+    be large, are not opened. ValueError names file and place."""
     if not os.path.isdir(folder):
         raise ValueError(f'{folder} is no folder')
     if os.path.isdir(os.path.join(folder, 'pieces')):
         raise ValueError(f'{folder} is half made: run the prepare script again, it continues')
     names = sorted(name for name in os.listdir(folder) if name.endswith(('.bin', '.npy')))
     val_names = [name for name in names if 'val' in name] or names[:1]
-    if len(names) == len(val_names):
+    if not names or len(names) == len(val_names) and not val_only:
         raise ValueError(f'{folder} needs a validation and a training shard (.bin or .npy), it holds {names}')
     name, tokenizer, shards = 'manifest.json', TOKENIZERS['gpt2'], {}
     try:
@@ -610,7 +654,7 @@ def open_shards(folder, T):
             tokenizer = {key: manifest.get(key) for key in tokenizer}
             if tokenizer not in TOKENIZERS.values():
                 raise ValueError(f'{tokenizer} is none of the known tokenizers')
-        for name in names:
+        for name in val_names if val_only else names:
             shards[name] = tokens = open_shard(os.path.join(folder, name))
             if not len(tokens):
                 raise ValueError('holds no tokens')
@@ -621,7 +665,7 @@ def open_shards(folder, T):
     except (OSError, ValueError, EOFError, AttributeError, RecursionError) as error:
         raise ValueError(f'{os.path.join(folder, name)}: {error}') from error
     train, val = {n: s for n, s in shards.items() if n not in val_names}, {n: shards[n] for n in val_names}
-    for part in train, val:
+    for part in [val] if val_only else [train, val]:
         if all(len(tokens) <= T for tokens in part.values()):
             raise ValueError(f'{folder}: {", ".join(part)} hold no row of {T} + 1 tokens')
     return train, val, tokenizer
@@ -633,6 +677,119 @@ def shard_rows(shards, T, rows):
     first = np.cumsum([0] + [(len(t) - 1) // T for t in tokens])
     picked = [tokens[s][(r - first[s]) * T:(r - first[s] + 1) * T + 1] for r, s in zip(rows, np.searchsorted(first, rows, 'right') - 1, strict=True)]
     return torch.from_numpy(np.stack(picked).astype(np.int64))
+
+
+# Instructions and answers: rows of their own, each a prompt and a response. They are not packed into full rows of block_size tokens:
+# an answer would stand at positions, and behind other rows' texts, where it never stands when the model is asked.
+
+def instruction_prompt(instruction, context=''):
+    """The text that asks for a response: that of databrickslabs/dolly, without its special tokens."""
+    context = f'Input:\n{context}\n\n' if context else ''
+    return ('Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n'
+            f'### Instruction:\n{instruction}\n\n{context}### Response:\n')
+
+
+def padded_length(length):
+    """Length of the rows of a batch whose longest one has `length` tokens: a multiple of 16, so that there are few different shapes."""
+    return -(-length // 16) * 16
+
+
+def bucketed(lengths, batch_size, seed, epoch):
+    """The micro-batches of an epoch: arrays of at most batch_size row numbers, each row once. The rows are shuffled and sorted by
+    length inside windows of 50 batches, so that those of a batch are of like length; then the batches are shuffled."""
+    generator = np.random.default_rng([seed, epoch])
+    order = generator.permutation(len(lengths))
+    windows = [order[i:i + 50 * batch_size] for i in range(0, len(order), 50 * batch_size)]
+    order = np.concatenate([window[np.argsort(lengths[window], kind='stable')] for window in windows])
+    batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+    return [batches[i] for i in generator.permutation(len(batches))]
+
+
+def open_rows(folder, block_size):
+    """(training rows, validation rows, tokenizer, names of the categories) of a folder that prepare/dolly.py wrote.
+
+    Rows: a dict of arrays, `tokens` (n,) uint16 of all rows one after another; for each row `start`, its first token's place in
+    them, `prompt` and `response`, its numbers of tokens, `category`; 'files': {name: rows}; `left_out`: how many rows of more
+    than block_size + 1 tokens there are beside these. Everything is checked; ValueError names file and place."""
+    if not os.path.isdir(folder):
+        raise ValueError(f'{folder} is no folder')
+    name, splits = 'manifest.json', {'train': [], 'val': []}
+    if not os.path.exists(os.path.join(folder, name)):
+        raise ValueError(f'{folder} has no {name}, so it is half made: run the prepare script again')
+    try:
+        manifest = read_whole(os.path.join(folder, name))
+        tokenizer = {key: manifest.get(key) for key in TOKENIZERS['gpt2']}
+        categories = manifest['categories']
+        if tokenizer not in TOKENIZERS.values() or not isinstance(categories, list) or not all(isinstance(c, str) for c in categories):
+            raise ValueError(f'{tokenizer} is none of the known tokenizers, or categories {categories!r} are no names')
+        for name in sorted(name for name in os.listdir(folder) if name.endswith('.npz')):
+            with np.load(os.path.join(folder, name), allow_pickle=False) as archive:  # it checks the CRC of what it reads
+                tokens, prompt, response, category = (archive[key] for key in ('tokens', 'prompt', 'response', 'category'))
+            if tokens.dtype != np.uint16 or not all(a.ndim == 1 and np.issubdtype(a.dtype, np.integer) for a in (tokens, prompt, response, category)):
+                raise ValueError(f'expected rows of whole numbers and uint16 tokens, it holds {tokens.dtype} {tokens.shape}, {prompt.dtype} {prompt.shape}')
+            prompt, response, category = (a.astype(np.int64) for a in (prompt, response, category))
+            if not len(prompt) == len(response) == len(category) > 0:
+                raise ValueError(f'{len(prompt)} prompts, {len(response)} responses, {len(category)} categories')
+            for what, wrong in (('an empty prompt or response', (prompt < 1) | (response < 1)), ('an absurd length', (prompt > 2 ** 31) | (response > 2 ** 31)),
+                                ('an unknown category', (category < 0) | (category >= len(categories)))):
+                if wrong.any():
+                    raise ValueError(f'row {np.flatnonzero(wrong)[0]} has {what}')
+            ends = np.cumsum(prompt + response)
+            if ends[-1] != len(tokens):
+                raise ValueError(f'its rows need {ends[-1]} tokens, it holds {len(tokens)}')
+            outside = np.flatnonzero(tokens >= tokenizer['vocab_size'])
+            if len(outside):
+                raise ValueError(f'token {outside[0]} is {tokens[outside[0]]}, outside the vocabulary of {tokenizer["vocab_size"]}')
+            unended = np.flatnonzero(tokens[ends - 1] != tokenizer['eot'])
+            if len(unended):
+                raise ValueError(f'row {unended[0]} does not end in end-of-text')
+            splits['val' if 'val' in name else 'train'].append((name, tokens, prompt, response, category))
+    except (OSError, ValueError, EOFError, AttributeError, KeyError, TypeError, RecursionError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f'{os.path.join(folder, name)}: {error}') from error
+    found = []
+    for split, parts in splits.items():
+        if not parts:
+            raise ValueError(f'{folder} holds no {split} rows')
+        tokens, prompt, response, category = (np.concatenate([part[i] for part in parts]) for i in range(1, 5))
+        fits = prompt + response <= block_size + 1
+        if not fits.any():
+            raise ValueError(f'{folder}: no {split} row has at most block_size + 1 = {block_size + 1} tokens')
+        start = np.cumsum(prompt + response) - prompt - response
+        found.append(dict(tokens=tokens, start=start[fits], prompt=prompt[fits], response=response[fits], category=category[fits],
+                          files={part[0]: len(part[2]) for part in parts}, left_out=int((~fits).sum())))
+    return *found, tokenizer, categories
+
+
+def padded_rows(rows, chosen, block_size, eot, prompt_loss_weight=0.0):
+    """(inputs (b, T), targets (n,), places (n,), factors (n,)) of these rows as GPT.forward takes them: padded on the right, the loss on
+    responses and their end-of-text, and with this weight on prompts. No rows at all give one of padding, with one target of -1."""
+    longest = max([1, *(rows['prompt'][r] + rows['response'][r] - 1 for r in chosen)])
+    T = min(block_size, padded_length(longest))
+    x, y, factors = np.full((max(1, len(chosen)), T), eot), np.full((max(1, len(chosen)), T), -1), np.ones((max(1, len(chosen)), T), np.float32)
+    for i, r in enumerate(chosen):
+        prompt, n = rows['prompt'][r], rows['prompt'][r] + rows['response'][r]
+        ids = rows['tokens'][rows['start'][r]:rows['start'][r] + n]
+        first = 1 if prompt_loss_weight else prompt  # of the tokens that are to be predicted; the one before it sees it coming
+        x[i, :n - 1], y[i, first - 1:n - 1], factors[i, :prompt - 1] = ids[:-1], ids[first:], prompt_loss_weight
+    places = np.flatnonzero(y >= 0) if len(chosen) else np.zeros(1, int)
+    return tuple(torch.from_numpy(a) for a in (x, y.reshape(-1)[places], places, factors.reshape(-1)[places]))
+
+
+def rouge_l(candidate, reference):
+    """ROUGE-L (Lin 2004): F1 of the longest common subsequence of words, 0 to 1; words as the rouge_score package takes them."""
+    a, b = (re.findall('[a-z0-9]+', text.lower()) for text in (candidate, reference))
+    longest = [0] * (len(b) + 1)  # of all of a so far and the first j words of b
+    for word in a:
+        before = 0
+        for j, other in enumerate(b, 1):
+            before, longest[j] = longest[j], before + 1 if word == other else max(longest[j], longest[j - 1])
+    return 2 * longest[-1] / (len(a) + len(b)) if longest[-1] else 0.0
+
+
+def distinct_2(texts):
+    """Share of the pairs of neighbouring words, over all texts, that are different ones (Li et al. 2016, arXiv 1510.03055)."""
+    pairs = [pair for words in map(str.split, texts) for pair in zip(words, words[1:], strict=False)]
+    return len(set(pairs)) / len(pairs) if pairs else 0.0
 
 
 def read_whole(path):

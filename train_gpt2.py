@@ -35,8 +35,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from configurator import configure, fail, master, nearby, print0
 from model import GPT, GPT_SIZES, PEAK_FLOPS, TOKENIZERS, GPTConfig, hellaswag_scores, load_tokenizer, open_hellaswag, open_shards, shard_rows
-from model import export_files, find_gpt, fit_weights, load_optimizer_state, load_whole_weights, optimizer_state, read_gpt, whole_weights
-from model import sum_gradients, tensor_parallel, total_norm
+from model import adopt_shape, export_files, find_gpt, fit_weights, load_whole_weights, read_gpt, whole_weights
+from model import load_optimizer_state, make_optimizers, optimizer_state, sum_gradients, tensor_parallel, total_norm
 from model import generator_states, remove, seed_generators, set_generator_states, write_whole
 
 # ---- settings ------------------------------------------------------------------------------------------------------
@@ -204,14 +204,11 @@ if init_from != 'scratch' and not checkpoint:
         checkpoint = read_gpt(checkpoint_file)
     except (ValueError, OSError) as error:
         fail(f'--init_from={init_from}: {error}')
-if checkpoint and 'step' not in checkpoint:  # the weights' shape counts as typed
-    if not {'n_head'} & {*checkpoint['config'], *config.given}:
-        fail(f'{checkpoint_file} does not tell the number of heads: add --n_head')
-    for name, value in checkpoint['config'].items():
-        if name in config.given and config[name] != value and name not in ('block_size', 'vocab_size'):
-            fail(f'--{name}={config[name]} is not that of {checkpoint_file}: {value}')
-    known_size = dict(model=init_from) if init_from in GPT_SIZES else {}
-    config.restore({**known_size, **{name: value for name, value in checkpoint['config'].items() if name != 'vocab_size'}}, checkpoint_file)
+if checkpoint and 'step' not in checkpoint:
+    try:
+        adopt_shape(config, checkpoint['config'], init_from, checkpoint_file)
+    except ValueError as error:
+        fail(error)
 config.fill({**GPT_SIZES[model], **{
     'tiny': dict(batch_size=16, total_batch_size=2048, val_tokens=131072, max_lr=4e-3, warmup_steps=100, max_steps=1250, eval_interval=250,
                  generate_interval=500, checkpoint_interval=250, log_interval=50, min_seq_length=16, max_seq_length=128),
@@ -226,6 +223,7 @@ schedule, cycles = lr_scheduler if decay_lr else 'constant', lr_restarts + 1
 shape = ('block_size', 'n_layer', 'n_head', 'n_embd', 'activation')  # settings that a resumed model cannot change
 data_parallel = not model_parallel  # False: the script sums the gradients itself, without DistributedDataParallel
 rank_state, load_rank_state = lambda: {}, lambda stored: None  # what each rank alone knows beside its generators: nothing here
+own_progress = {}     # plain values that this script alone remembers from step to step: nothing here
 if max(dropout, beta1, beta2) >= 1:
     fail('dropout, beta1 and beta2 must be less than 1')
 if any(type(s) is not int for s in permanent):
@@ -383,14 +381,7 @@ if model_parallel:
 
 # ---- optimizer -----------------------------------------------------------------------------------------------------
 parameters = list(raw_model.parameters())
-for_muon = {p for p in raw_model.transformer.h.parameters() if p.dim() >= 2} if optimizer == 'muon' else set()
-optimizers = [torch.optim.AdamW([
-    dict(params=[p for p in parameters if p.dim() >= 2 and p not in for_muon], weight_decay=weight_decay),  # embeddings too, as GPT-2 trainers do
-    dict(params=[p for p in parameters if p.dim() < 2], weight_decay=0.0),                                  # biases and norms
-], lr=peak_lr, betas=(beta1, beta2), eps=1e-8, **(dict(foreach=False) if model_parallel else dict(fused=device_type in ('cuda', 'cpu'))))]
-if for_muon:  # Jordan et al. 2024, kellerjordan.github.io/posts/muon; its updates scaled to the size of AdamW's (arXiv 2502.16982)
-    optimizers.append(torch.optim.Muon([p for p in parameters if p in for_muon], lr=peak_lr, weight_decay=weight_decay, momentum=0.95,
-                                       adjust_lr_fn='match_rms_adamw'))
+optimizers = make_optimizers(raw_model, optimizer, peak_lr, weight_decay, (beta1, beta2), split=model_parallel)
 
 def state_files(run):
     """{file name: content} of a checkpoint, '' for a single file. run: the part that all scripts share (see save)."""
@@ -422,7 +413,7 @@ def load_training(checkpoint):
 # step: completed optimizer steps. progress: plain numbers that a resume continues. snapshot: what a checkpoint of this step
 # needs beside weights and optimizers, taken before the step draws a random number; top_done: its evaluation is in the log.
 step, snapshot, log_descriptor = 0, None, -1
-progress = dict(val_loss=math.inf, best_val_loss=math.inf, best_step=-1, loss_sum=0.0, loss_count=0, seconds=0.0, wandb_id='')
+progress = dict(val_loss=math.inf, best_val_loss=math.inf, best_step=-1, loss_sum=0.0, loss_count=0, seconds=0.0, wandb_id='', **own_progress)
 
 def cannot_write(path, error):
     free = shutil.disk_usage(run_dir).free if os.path.isdir(run_dir) else 0

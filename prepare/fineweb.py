@@ -16,6 +16,7 @@ they hold. Until then finished pieces lie in pieces/ with progress.json, which s
 """
 import contextlib
 import hashlib
+import http.client
 import importlib
 import json
 import os
@@ -23,6 +24,7 @@ import re
 import shutil
 import sys
 import time
+import urllib.request
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
@@ -144,6 +146,23 @@ def download(file):
     except Exception as error:  # noqa: BLE001  a network fails in a dozen classes of two HTTP libraries; all are shown
         fail(f'{file} of {HUB} was not downloaded ({type(error).__name__}: {error}); the same command tries again, '
              '--input=... reads local files', 1)
+
+
+def download_bytes(url):
+    """All bytes of the file at `url`."""
+    content = bytearray()
+    try:
+        with urllib.request.urlopen(url, timeout=60) as response:
+            total = int(response.headers.get('Content-Length') or 0)
+            with tqdm(total=total or None, unit='B', unit_scale=True, disable=None, desc=url.rsplit('/', 1)[1]) as bar:
+                while part := response.read(1 << 16):
+                    content += part
+                    bar.update(len(part))
+        if total and len(content) != total:  # a connection that is cut looks like the end of the file
+            raise ConnectionError(f'{len(content):,} of {total:,} bytes arrived')
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        fail(f'{url} was not downloaded ({type(error).__name__}: {error}); --input=... reads a file that you have')
+    return bytes(content)
 
 
 def sources():

@@ -11,19 +11,15 @@ Credit: Zellers, Holtzman, Bisk, Farhadi, Choi: HellaSwag (2019), arXiv 1905.078
 """
 import contextlib
 import hashlib
-import http.client
 import json
 import os
 import sys
-import urllib.request
 from pathlib import Path
-
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configurator import configure, fail, print0
-from prepare.fineweb import checked, one_line_errors, parsed, write_file, write_json
+from prepare.fineweb import checked, download_bytes, one_line_errors, parsed, write_file, write_json
 
 # -----------------------------------------------------------------------------
 # settings
@@ -36,23 +32,6 @@ if __name__ == '__main__':
 
 URL = 'https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl'
 ROWS = 10042
-
-
-def download(url):
-    """All bytes of the file at `url`."""
-    content = bytearray()
-    try:
-        with urllib.request.urlopen(url, timeout=60) as response:
-            total = int(response.headers.get('Content-Length') or 0)
-            with tqdm(total=total or None, unit='B', unit_scale=True, disable=None, desc='hellaswag_val.jsonl') as bar:
-                while part := response.read(1 << 16):
-                    content += part
-                    bar.update(len(part))
-        if total and len(content) != total:  # a connection that is cut looks like the end of the file
-            raise ConnectionError(f'{len(content):,} of {total:,} bytes arrived')
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        fail(f'{url} was not downloaded ({type(error).__name__}: {error}); --input=... reads a file that you have')
-    return bytes(content)
 
 
 def text(value, where):
@@ -86,7 +65,7 @@ if __name__ == '__main__':
     with one_line_errors(input or output_dir):
         if input and not os.path.isfile(input):
             fail(f'--input: {input} ' + ('is a folder: name the file in it' if os.path.isdir(input) else 'does not exist'))
-        content = Path(input).read_bytes() if input else download(URL)
+        content = Path(input).read_bytes() if input else download_bytes(URL)
         items = list(rows(content, input or URL))
     if not items:
         fail(f'{input or URL}: no items, nothing to write')

@@ -223,6 +223,21 @@ def make_text_data(folder, tokens=2000, vocab_size=257, train_shards=2, seed=0):
     return folder
 
 
+def make_rows_data(folder, rows=100, seed=0, longest=14, eot=256):
+    """A folder of prompts and responses in byte tokens, as prepare/dolly.py writes them: a response repeats its prompt's letter."""
+    import numpy as np
+    rng, categories = np.random.default_rng(seed), ['closed_qa', 'information_extraction', 'open_qa']
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, n in (('x_val_000000.npz', max(4, rows // 10)), ('x_train_000001.npz', rows // 2), ('x_train_000002.npz', rows - rows // 2)):
+        prompt, response = rng.integers(2, longest, n), rng.integers(2, longest, n)
+        letters = rng.choice([65, 66, 67], n)
+        tokens = [t for p, r, letter in zip(prompt, response, letters, strict=True) for t in [eot, *[letter] * (p - 1), *[letter + 32] * (r - 1), eot]]
+        np.savez(folder / name, tokens=np.array(tokens, np.uint16), prompt=prompt.astype(np.int32), response=response.astype(np.int32),
+                 category=(np.arange(n) % 3).astype(np.uint8))
+    (folder / 'manifest.json').write_text(json.dumps(dict(tokenizer='bytes' if eot == 256 else 'gpt2', vocab_size=eot + 1, eot=eot, categories=categories)))
+    return folder
+
+
 def serve_run(request):
     """The script, in the child; ends the process as the interpreter would, but without taking torch apart (half a second)."""
     code = 0

@@ -1,0 +1,853 @@
+"""Instruction finetuning: a pretrained GPT-2 learns to answer, on databricks-dolly-15k or rows of your own.
+
+What to expect: README.md has the measured table (model, data, hardware, response loss and end rate before and after, time).
+
+Laptop CPU, no download but the 13 MB of Dolly, from the model that train_gpt2.py's own quickstart leaves in logs/:
+    python prepare/dolly.py --tokenizer=bytes --max_length=128 --output_dir=data/dolly_bytes
+    python finetune_dolly.py --data_dir=data/dolly_bytes
+One GPU, from the newest checkpoint in logs/, from OpenAI's weights, or from any folder that transformers reads:
+    python prepare/dolly.py
+    python finetune_dolly.py --dtype=bfloat16
+    python finetune_dolly.py --dtype=bfloat16 --pretrained_checkpoint=gpt2
+Four GPUs:
+    torchrun --standalone --nproc_per_node=4 finetune_dolly.py --dtype=bfloat16
+Two nodes (on the second one --node_rank=1; both must see log_dir):
+    torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=192.168.1.1 --master_port=29500 finetune_dolly.py --dtype=bfloat16
+Interrupted, by whatever and at whatever moment:
+    python finetune_dolly.py --auto_resume
+Talk to it:
+    python finetune_dolly.py --chat
+    python finetune_dolly.py --generate="Why is the sky blue?"
+"""
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
+
+from configurator import configure, fail, master, nearby, print0
+from model import GPT, GPT_SIZES, PEAK_FLOPS, TOKENIZERS, GPTConfig, load_tokenizer, open_shards, shard_rows
+from model import adopt_shape, export_files, find_gpt, fit_weights, load_optimizer_state, make_optimizers, optimizer_state, read_gpt
+from model import bucketed, distinct_2, instruction_prompt, open_rows, padded_length, padded_rows, rouge_l
+from model import generator_states, remove, seed_generators, set_generator_states, total_norm, write_whole
+
+# ---- settings ------------------------------------------------------------------------------------------------------
+# i/o
+log_dir = 'logs_finetune'        # folder of this run: checkpoints, log.txt, config.py
+run_name = ''                    # a name for wandb and the log; does not change the folder
+save_config = True               # write config.py, the settings file that repeats this run
+# data
+data_dir = 'dolly15k'            # folder of rows (see prepare/dolly.py)
+num_workers = 2                  # batches that a background thread prepares ahead; 0 = none
+batch_size = 16                  # rows per micro-batch
+grad_accumulation_steps = 1      # micro-batches per optimizer step, over all ranks: more ranks take fewer each
+prompt_loss_weight = 0.0         # weight of the prompt's tokens in the loss, a response's have 1; 0 = responses only
+# model
+pretrained_checkpoint = 'logs/model_19072.pt'  # or gpt2, gpt2-medium ..., any path (see read_gpt); not typed and not there: the newest logs/model_<number>.pt
+model = 'gpt2'                   # tiny | gpt2 | gpt2-medium | gpt2-large | gpt2-xl; the shape, if there is no pretrained checkpoint
+block_size = 1024                # longest row, tokens; the checkpoint's, or less
+vocab_size = -1                  # ids; -1 = the data's, rounded up to a multiple of 64
+n_layer = 12                     # blocks; the checkpoint's, as the three below
+n_head = 12                      # attention heads, must divide n_embd
+n_embd = 768                     # width
+activation = 'gelu_new'          # gelu_new | gelu; GPT-2's tanh approximation, or the exact one (nanoGPT's checkpoints)
+dropout = 0.0                    # probability; 0 = off
+# optimization
+optimizer = 'adamw'              # adamw | muon; muon on the matrices of the blocks, AdamW on the rest
+max_lr = 6e-5                    # peak learning rate, a tenth of pretraining's
+min_lr = -1.0                    # final learning rate, 0 = nothing; -1 = max_lr / 10
+warmup_steps = 30                # steps of linear warmup; 0 = none
+num_epochs = 1.0                 # times that every row is seen: 0.3, 0.5, 1, 2 or 3
+max_steps = -1                   # optimizer steps in all; 0 = only the evaluation of the start; -1 = from num_epochs
+decay_lr = True                  # False = constant after the warmup
+lr_scheduler = 'cosine'          # cosine | cosine_with_restarts | constant
+lr_restarts = 3                  # restarts of cosine_with_restarts, 3 = four equal cycles; 0 = none
+weight_decay = 0.01              # on matrices and embeddings, not on biases and norms; 0 = none
+beta1 = 0.9                      # AdamW; 0 = off
+beta2 = 0.95                     # AdamW; 0 = off
+grad_clip = 1.0                  # largest gradient norm; 0 = no clipping
+# evaluation
+eval_interval = 100              # steps between evaluations; -1 = only at the start and at the end
+eval_answers = 64                # held-out rows that are answered for the table before and after, by each measure; 0 = no table
+forgetting_root = 'auto'         # pretraining shards on whose validation part forgetting is measured; auto = the pretrained checkpoint's own; '' = none
+forgetting_tokens = 65536        # validation tokens of it; 0 = all
+eval_only = False                # print the response loss and the table of a checkpoint, write eval.json, exit
+generate_interval = 200          # steps between samples; -1 = none
+generate = ''                    # answer this instruction with a checkpoint, exit
+context = ''                     # the text that the instruction of --generate is about
+chat = False                     # answer what is typed, a line at a time, until an empty one
+export = ''                      # write a checkpoint into this folder for transformers, exit
+num_samples = 1                  # answers to --generate; fixed prompts answered each time while training
+max_new_tokens = 256             # length of an answer, tokens
+temperature = 0.8                # of answers; 0 = always the likeliest token
+top_k = 200                      # sample among the k likeliest; 0 = all
+top_p = 1.0                      # sample among the likeliest that hold this probability; 1 = all
+# checkpoint
+checkpoint_interval = 200        # steps between checkpoints; -1 = only at the end
+keep_last_n_checkpoints = 3      # newest checkpoints to keep; 0 = all
+permanent_checkpoints = []       # steps that are saved and kept whatever the two above say
+auto_resume = False              # continue from the newest readable checkpoint in log_dir, if there is one
+resume = False                   # continue from checkpoint_path; without one the same as auto_resume
+checkpoint_path = ''             # a checkpoint for --resume, --eval_only, --generate, --chat or --export
+# logging
+log_interval = 10                # steps between log lines
+log_level = 'INFO'               # INFO | DEBUG; DEBUG adds loss and time of every micro-step
+log_gradients = False            # add the gradient norm of every part of the model to the log lines
+wandb_log = False                # log to Weights & Biases too
+wandb_project = 'finetune_dolly'  # its project
+# system
+device = ''                      # cpu, cuda, cuda:1, mps; '' = cuda, then mps, then cpu
+dtype = 'float32'                # float32 | bfloat16 | float16; the last two by autocast, weights stay float32
+compile = False                  # torch.compile; DISABLE_COMPILE=1 in the environment switches it off
+deterministic = False            # deterministic kernels on the GPU (the CPU's are)
+seed = 1337                      # of data order, dropout and samples; 0 = a seed like any other
+
+# ---- command line --------------------------------------------------------------------------------------------------
+config = configure(globals(), aliases={'lr': 'max_lr', 'learning_rate': 'max_lr', 'max_grad_norm': 'grad_clip', 'save_steps': 'checkpoint_interval',
+                                       'data_root': 'data_dir'})
+
+# ---- run folder ----------------------------------------------------------------------------------------------------
+typed_now = set(config.given)  # a resume adds what was typed when the run began
+run_dir, run_dir_typed, log_name = log_dir, 'log_dir' in typed_now, 'log.txt'
+read_only = eval_only or generate != '' or chat or export != ''  # these modes read a checkpoint and start no run
+lenient = not read_only                  # True: a typed checkpoint that cannot be read is a warning, not the end
+
+def checkpoint_path_of(step):
+    return os.path.join(run_dir, 'model_best.pt' if step == 'best' else f'model_{step:05d}.pt')
+
+def checkpoint_of(path):  # one dict, whatever the files; ValueError if it is damaged
+    return read_gpt(path, whole=True)
+
+if eval_only + (generate != '') + chat + (export != '') > 1:
+    fail('--eval_only, --generate, --chat and --export are launches of their own: give one')
+if 'pretrained_checkpoint' in typed_now and read_only:  # judge or ask a model before it is finetuned
+    if checkpoint_path:
+        fail('--pretrained_checkpoint and --checkpoint_path name two models: give one')
+    try:
+        config.assign('checkpoint_path', find_gpt(pretrained_checkpoint))
+    except OSError as error:
+        fail(f'--pretrained_checkpoint={error}{nearby(pretrained_checkpoint)}')
+if export and (os.path.isfile(export) or os.path.isdir(export) and os.listdir(export)):
+    fail(f'--export={export} is there already: name a new folder')
+
+# ---- stored run (=) ------------------------------------------------------------------------------------------------
+# Which checkpoint this launch reads, if any. What was typed when that run began counts as typed again, unless anew.
+def steps_on_disk(suffix=''):
+    """Steps of the checkpoints in run_dir, ascending. Only names that checkpoint_path_of itself writes are ours."""
+    names = set(os.listdir(run_dir)) if os.path.isdir(run_dir) else set()
+    steps = {int(digits) for name in names for digits in re.findall('[0-9]{1,18}', name)}
+    return sorted(s for s in steps if os.path.basename(checkpoint_path_of(s)) + suffix in names)
+
+def read_checkpoint(path):
+    """(checkpoint, '') or (None, what is wrong). A file of weights alone comes back as {'model': weights}."""
+    try:
+        found = checkpoint_of(path if os.path.exists(path) or not os.path.isdir(path + '.old') else path + '.old')  # see write_whole
+        if not isinstance(found, dict) or not isinstance(found.get('model', found), dict):
+            raise ValueError('it holds no weights')
+        found = found if 'model' in found else {'model': found}
+        if 'step' in found and not (type(found['step']) is type(found['log_bytes']) is int and found['step'] >= 0 and type(found['ranks']) is list
+                                    and type(found['config']) is type(found['given']) is dict):
+            raise ValueError('its entries are not those of a checkpoint')
+        return found, ''
+    except FileNotFoundError:
+        return None, 'does not exist' + nearby(path)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        return None, f'cannot be read as a checkpoint ({error})'
+
+checkpoint, checkpoint_file, damaged = None, '', set()
+reading = resume or auto_resume or read_only
+if checkpoint_path and not reading:
+    fail(f'--checkpoint_path={checkpoint_path} does nothing by itself: add --resume to continue from it')
+for path in [checkpoint_path] if checkpoint_path else [checkpoint_path_of(s) for s in reversed(steps_on_disk())] if reading else []:
+    checkpoint, problem = read_checkpoint(path)
+    if checkpoint and 'step' not in checkpoint and not checkpoint_path and not read_only:
+        checkpoint, problem = None, 'holds weights only'
+    if checkpoint:
+        checkpoint_file = path
+        break
+    if checkpoint_path and not lenient:
+        fail(f'{path} {problem}')
+    damaged.add(path)
+    print0(f'WARNING: {path} {problem}; it is left as it is')
+resumed = checkpoint is not None and 'step' in checkpoint and not read_only
+if read_only and not checkpoint:
+    fail(f'no readable checkpoint in {run_dir}: name one with --checkpoint_path{nearby(checkpoint_path_of(0))}')
+if resumed and checkpoint_path and not run_dir_typed:
+    run_dir = os.path.dirname(os.path.normpath(checkpoint_path)) or '.'
+elif not (resumed or read_only or (auto_resume or resume) and not checkpoint_path) and steps_on_disk():
+    fail(f'{run_dir} already holds a run ({os.path.basename(checkpoint_path_of(steps_on_disk()[-1]))}): add --auto_resume to continue it, '
+         'or choose another folder for a new one')
+if checkpoint and 'step' in checkpoint:
+    config.restore(checkpoint['given'], checkpoint_file)
+elif checkpoint:
+    print0(f'WARNING: {checkpoint_file} holds weights only: they are used, optimizer and step start anew')
+
+# ---- derived -------------------------------------------------------------------------------------------------------
+config.assign('log_dir', run_dir)
+pretrained_file = ''  # guide's chain: a finetuning checkpoint (see above), else the pretrained model, else random weights
+if not checkpoint:
+    source = pretrained_checkpoint
+    if 'pretrained_checkpoint' not in typed_now and not os.path.exists(source):
+        folder = os.path.dirname(source)
+        numbers = [re.fullmatch(r'model_(\d{1,18})\.pt', name) for name in (os.listdir(folder) if os.path.isdir(folder) else [])]
+        newest = max(filter(None, numbers), key=lambda match: int(match[1]), default=None)
+        source = os.path.join(folder, newest[0]) if newest else source
+    try:
+        pretrained_file = checkpoint_file = find_gpt(source)
+        checkpoint = read_gpt(pretrained_file)
+    except (ValueError, OSError) as error:
+        print0(f'WARNING: the pretrained checkpoint cannot be used: {source}: {error}{nearby(source)}')
+        print0('WARNING: RANDOM INITIALISATION: nothing was pretrained, so the answers will be no language (name a model with --pretrained_checkpoint)')
+if checkpoint and 'step' not in checkpoint:
+    try:
+        adopt_shape(config, checkpoint['config'], pretrained_checkpoint, checkpoint_file)
+    except ValueError as error:
+        fail(error)
+    root = checkpoint.get('data_root', '')
+    if forgetting_root == 'auto':  # 'auto' must not outlive the moment in which it is known
+        config.restore({'forgetting_root': root if os.path.isdir(root) else ''}, checkpoint_file)
+elif forgetting_root == 'auto':
+    config.assign('forgetting_root', '')
+config.fill({name: value for name, value in GPT_SIZES[model].items()})
+save_every, keep, permanent = checkpoint_interval, keep_last_n_checkpoints, permanent_checkpoints
+peak_lr, floor_lr, warmup, clip = max_lr, min_lr if min_lr >= 0 else max_lr / 10, warmup_steps, grad_clip
+schedule, cycles = lr_scheduler if decay_lr else 'constant', lr_restarts + 1
+shape = ('block_size', 'n_layer', 'n_head', 'n_embd', 'activation')  # settings that a resumed model cannot change
+data_parallel = True  # False: the script sums the gradients itself, without DistributedDataParallel
+rank_state, load_rank_state = lambda: {}, lambda stored: None  # what each rank alone knows beside its generators: nothing here
+# The table's first column; the train loss since the last evaluation, and between the two before it.
+own_progress = dict(before={}, answers_before={}, since_sum=0.0, since_count=0, train_loss_before=math.inf)
+if max(dropout, beta1, beta2) >= 1:
+    fail('dropout, beta1 and beta2 must be less than 1')
+if any(type(s) is not int for s in permanent):
+    fail(f'permanent_checkpoints {permanent} must be whole numbers')
+if n_embd % n_head:
+    fail(f'n_embd {n_embd} is not a multiple of n_head {n_head}')
+
+# ---- distributed (=) -----------------------------------------------------------------------------------------------
+ddp = 'RANK' in os.environ  # set by torchrun
+rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
+usable = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available() and not ddp, 'cpu': True}  # gloo knows no mps
+device = device or next(name for name in usable if usable[name])
+device_type = device.split(':')[0]
+if device_type not in usable:
+    fail(f'--device={device}: expected cpu, cuda, cuda:1 or mps')
+if not usable[device_type]:
+    print0(f'WARNING: --device={device}, but PyTorch sees none here: using the CPU')
+    device = device_type = 'cpu'
+if device_type == 'cuda':
+    device = f'cuda:{local_rank}' if ddp else 'cuda:0' if device == 'cuda' else device
+    if device not in [f'cuda:{i}' for i in range(torch.cuda.device_count())]:
+        fail(f'no device {device}: this machine has {torch.cuda.device_count()} GPU(s)')
+    torch.cuda.set_device(device)
+if ddp:
+    store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), next(rendezvous('env://'))[0])  # dead workers' keys stay behind
+    dist.init_process_group('nccl' if device_type == 'cuda' else 'gloo', store=store, rank=rank, world_size=world_size)
+    cpu_group = dist.new_group(backend='gloo')  # for what the ranks tell each other beside gradients
+device_name = torch.cuda.get_device_name(device) if device_type == 'cuda' else device_type
+peak_flops = next((flops for name, flops in PEAK_FLOPS.items() if name in device_name), 0)  # 0 = unknown: no mfu
+
+def everyone(value):
+    """[value of rank 0, value of rank 1, ...], on every rank."""
+    values = [value] * world_size
+    if ddp:
+        dist.all_gather_object(values, value, group=cpu_group)
+    return values
+
+def agree(problem, code=2):
+    """End all ranks if any has a problem (a sentence; '' = none): none may be left waiting for one that is gone."""
+    first = next(filter(None, everyone(problem)), '')
+    if first:
+        fail(first, code)
+
+# ---- precision and seed (=) ----------------------------------------------------------------------------------------
+autocast = nullcontext() if dtype == 'float32' else torch.autocast(device_type, getattr(torch, dtype))
+scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')  # small float16 gradients would round to zero
+if device_type == 'cuda':
+    torch.set_float32_matmul_precision('high')  # TF32 for what stays float32
+if deterministic:
+    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+    torch.use_deterministic_algorithms(True)
+torch.manual_seed(seed)  # the same first weights on every rank; each rank's own generators are seeded or restored after them
+stop_signal, trouble = 0, ''  # what poll() acts upon
+
+def on_signal(number, frame):
+    global stop_signal
+    stop_signal = number
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process at once; SIGTERM may come from several sides
+
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, on_signal)
+
+# ---- data ----------------------------------------------------------------------------------------------------------
+# An epoch is a list of micro-batches of batch_size rows of like length (see bucketed), all epochs are one list of them, and step k takes
+# grad_accumulation_steps of it: the order depends on seed and step alone. They are shared out among the ranks; where there are fewer than
+# ranks, their rows are. A loss is divided by the count of the whole step, so it does not matter who has how many.
+if (generate or chat or export) and 'step' not in checkpoint:  # weights from elsewhere do not name their tokenizer, their number of ids does
+    ids = checkpoint['config']['vocab_size']
+    guess = next((known for known in TOKENIZERS.values() if known['vocab_size'] <= ids <= known['vocab_size'] + 63), TOKENIZERS['gpt2'])
+    tokenizer = checkpoint.get('tokenizer', guess)
+elif generate or chat or export:
+    tokenizer = checkpoint.get('tokenizer')
+    if tokenizer not in TOKENIZERS.values():
+        fail(f'{checkpoint_file} names an unknown tokenizer')
+else:
+    try:
+        train_data, val_data, tokenizer, categories = open_rows(data_dir, block_size)
+    except ValueError as error:
+        fail(f'{error}; to make data: `python prepare/dolly.py`')
+    theirs = checkpoint.get('tokenizer', tokenizer) if checkpoint else tokenizer
+    if theirs != tokenizer:
+        fail(f'{checkpoint_file} was trained on {theirs["tokenizer"]} tokens, {data_dir} holds {tokenizer["tokenizer"]}: '
+             f'python prepare/dolly.py --tokenizer={theirs["tokenizer"]} --output_dir=...')
+    train_rows, val_rows = len(train_data['prompt']), len(val_data['prompt'])
+    batches_per_epoch = -(-train_rows // batch_size)
+    if max_steps < 0:
+        config.assign('max_steps', math.ceil(num_epochs * batches_per_epoch / grad_accumulation_steps))
+accumulation = -(-grad_accumulation_steps // world_size)  # micro-steps per step
+first_step, first_batch = 0, 0  # the micro-batch where a step begins; only a resume with another batch moves them
+
+@lru_cache(maxsize=2)
+def micro_batches(epoch):
+    return bucketed(train_data['prompt'] + train_data['response'], batch_size, seed, epoch)
+
+def begin_of(step):
+    return first_batch + (step - first_step) * grad_accumulation_steps
+
+def loader_state(step):
+    """Where the data of this step begins, and in which data."""
+    epoch, i = divmod(begin_of(step), batches_per_epoch)
+    return dict(seed=seed, epoch=epoch, micro_batch=i, batches_per_epoch=batches_per_epoch, rows=train_rows, files=dict(train_data['files']))
+
+def rows_of(step):
+    """The numbers of the rows of each micro-batch of a step."""
+    return [micro_batches(j // batches_per_epoch)[j % batches_per_epoch] for j in range(begin_of(step), begin_of(step + 1))]
+
+def loss_weight(data, rows):
+    """What the sum of the losses of these rows is divided by: their response tokens, and their prompts' by weight."""
+    return float(data['response'][rows].sum() + prompt_loss_weight * (data['prompt'][rows] - 1).sum())
+
+def batch(step, micro_step):
+    """(inputs (b, T), targets (n,), their places (n,), their factors (n,), weight of the whole step): what this rank sees in this
+    micro-step (see padded_rows)."""
+    parts, part = rows_of(step), micro_step * world_size + rank
+    rows = np.concatenate(parts)
+    if grad_accumulation_steps % world_size:  # cut the rows of the step into as many parts as there are ranks and micro-steps
+        n = accumulation * world_size
+        parts = [rows[len(rows) * i // n:len(rows) * (i + 1) // n] for i in range(n)]
+    tensors = padded_rows(train_data, parts[part], block_size, tokenizer['eot'], prompt_loss_weight)
+    return *([t.pin_memory() for t in tensors] if device_type == 'cuda' else tensors), loss_weight(train_data, rows)
+
+prefetcher, prefetched = ThreadPoolExecutor(1), {}
+
+def next_batch(step, micro_step):
+    """batch(step, micro_step) on the device, while a thread prepares the next num_workers ones."""
+    now = step * accumulation + micro_step
+    for i in range(now, now + num_workers + 1):
+        if i not in prefetched:
+            prefetched[i] = prefetcher.submit(batch, *divmod(i, accumulation))
+    return [t.to(device, non_blocking=True) if torch.is_tensor(t) else t for t in prefetched.pop(now).result()]
+
+try:
+    encoding = load_tokenizer(tokenizer['tokenizer'])
+except OSError as error:
+    encoding = fail(error) if generate or chat or export else print0(f'no samples: {error}')
+encoding = None if any(everyone(encoding is None)) else encoding  # all ranks sample or none
+
+forgetting = {}  # the validation shards of the pretraining data
+if forgetting_root and not (generate or chat or export):
+    try:
+        _, forgetting, theirs = open_shards(forgetting_root, block_size, val_only=True)
+    except ValueError as error:
+        fail(f'--forgetting_root: {error}')
+    if theirs != tokenizer:
+        fail(f'--forgetting_root={forgetting_root} holds {theirs["tokenizer"]} tokens, {data_dir} holds {tokenizer["tokenizer"]}')
+
+# ---- model ---------------------------------------------------------------------------------------------------------
+if 0 < vocab_size < tokenizer['vocab_size']:
+    fail(f'vocab_size {vocab_size} is smaller than the vocabulary of the data, {tokenizer["vocab_size"]}')
+padded_vocab = vocab_size if vocab_size > 0 else -(-tokenizer['vocab_size'] // 64) * 64
+raw_model = GPT(GPTConfig(block_size, padded_vocab, n_layer, n_head, n_embd, dropout, activation)).to(device)
+
+# ---- optimizer -----------------------------------------------------------------------------------------------------
+parameters = list(raw_model.parameters())
+optimizers = make_optimizers(raw_model, optimizer, peak_lr, weight_decay, (beta1, beta2))
+
+def state_files(run):
+    """{file name: content} of a checkpoint, '' for a single file. run: the part that all scripts share (see save)."""
+    return {'': dict(run, model=raw_model.state_dict(), optimizer=optimizer_state(raw_model, optimizers), scaler=scaler.state_dict(),
+                     train_loader_state=loader_state(run['step']), tokenizer=tokenizer)}
+
+def load_weights(checkpoint):
+    weights = checkpoint['model']
+    if 'step' not in checkpoint:  # from elsewhere: its vocabulary may be padded in another way
+        weights = fit_weights(weights, block_size, padded_vocab, tokenizer['vocab_size'])
+    raw_model.load_state_dict(weights)
+
+def load_training(checkpoint):
+    """Everything else that state_files stored; ValueError if it does not belong to this data."""
+    global first_step, first_batch
+    load_optimizer_state(raw_model, optimizers, checkpoint['optimizer'])  # the present lr, decay, betas stay
+    if checkpoint['scaler']:  # empty if the run had another dtype
+        scaler.load_state_dict(checkpoint['scaler'])
+    there, here = checkpoint['train_loader_state'], loader_state(0)
+    for name in ('rows', 'files'):
+        if there[name] != here[name]:
+            raise ValueError(f'the data in {data_dir} changed since, its {name} was {str(there[name])[:200]}: '
+                             'resume with that data, or begin a new run in another folder')
+    if not all(type(there[name]) is int and there[name] >= 0 for name in ('epoch', 'micro_batch', 'batches_per_epoch')) or not there['batches_per_epoch']:
+        raise ValueError(f'its data position is {there}')
+    position = there['micro_batch']
+    if there['batches_per_epoch'] != batches_per_epoch:  # another batch_size makes other micro-batches: go on at the same share of the epoch
+        position = position * batches_per_epoch // there['batches_per_epoch']
+        print0(f'another batch_size: continuing at micro-batch {position} of {batches_per_epoch} of epoch {there["epoch"]}; some of its rows may come '
+               'twice or not at all')
+    first_step, first_batch = checkpoint['step'], there['epoch'] * batches_per_epoch + position
+
+# ---- checkpoint (=) ------------------------------------------------------------------------------------------------
+# step: completed optimizer steps. progress: plain numbers that a resume continues. snapshot: what a checkpoint of this step
+# needs beside weights and optimizers, taken before the step draws a random number; top_done: its evaluation is in the log.
+step, snapshot, log_descriptor = 0, None, -1
+progress = dict(val_loss=math.inf, best_val_loss=math.inf, best_step=-1, loss_sum=0.0, loss_count=0, seconds=0.0, wandb_id='', **own_progress)
+
+def cannot_write(path, error):
+    free = shutil.disk_usage(run_dir).free if os.path.isdir(run_dir) else 0
+    return f'cannot write {path}: {error} ({free:,} bytes free); earlier checkpoints are intact'
+
+def log(line, prefix='', show=True):
+    """Append a line to log.txt and print it (rank 0)."""
+    global stop_signal, trouble
+    if show:
+        print0(line)
+    data = (prefix + line + '\n').encode()
+    try:
+        while data and log_descriptor >= 0:
+            data = data[os.write(log_descriptor, data):]
+    except OSError as error:
+        stop_signal, trouble = 1000, cannot_write(os.path.join(run_dir, log_name), error)  # all ranks end in poll()
+
+def take_snapshot(before=None):
+    """At the start of a step; again, given the first one, when its evaluation is done: the generators are those of the start."""
+    return dict(step=step, top_done=before is not None, log_bytes=os.fstat(log_descriptor).st_size if master else 0, progress=dict(progress),
+                rank=before['rank'] if before else dict(rank_state(), rng=generator_states(device_type)))
+
+def rotate():
+    """Delete what is no longer wanted, once what replaces it is on the disk. Damaged files neither count nor go."""
+    for s in [*steps_on_disk('.tmp'), 'best']:
+        remove(checkpoint_path_of(s) + '.tmp')  # of a save that was killed
+    steps = [s for s in steps_on_disk() if checkpoint_path_of(s) not in damaged]
+    newest = 1 if keep == 1 and steps and read_checkpoint(checkpoint_path_of(steps[-1]))[0] else max(keep, 2)
+    for s in steps[:-newest] if keep else []:
+        if s not in permanent:
+            remove(checkpoint_path_of(s))
+
+def save(path):
+    """Write the checkpoint of the snapshot, then rotate. Every rank calls it; rank 0 writes."""
+    ranks, problem = [snapshot['rank']] * world_size, ''
+    if ddp:
+        dist.gather_object(snapshot['rank'], ranks if master else None, group=cpu_group)
+    files = state_files(dict(snapshot['progress'], step=snapshot['step'], top_done=snapshot['top_done'], log_bytes=snapshot['log_bytes'],
+                             ranks=ranks, config=dict(config), given=config.typed()))
+    if master:
+        try:
+            os.fsync(log_descriptor)
+            write_whole(path, files)
+            damaged.discard(path)
+            rotate()
+            size = sum(os.path.getsize(os.path.join(path, name) if name else path) for name in files)
+            print0(f'saved {path} ({size / 1e6:,.1f} MB)')
+        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+            problem = cannot_write(path, error)
+    agree(problem, code=1)
+
+def leave(code):
+    if ddp:
+        dist.destroy_process_group()
+    sys.exit(code)
+
+def poll():
+    """Has any rank been told to stop? Then write the last whole step and leave. Called by all ranks, between micro-steps
+    and evaluation batches: what this step has drawn or summed up so far is forgotten and done again after the resume."""
+    told = stop_signal
+    if ddp:
+        flag = torch.tensor(told)
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=cpu_group)
+        told = int(flag)
+    if told == 1000:
+        fail(trouble, 1)
+    if told > 0:
+        print0(f'stopped by {signal.Signals(told).name}')
+        if not read_only and not (resumed and snapshot['step'] == start_step and os.path.exists(checkpoint_path_of(start_step))):
+            save(checkpoint_path_of(snapshot['step']))
+        leave(128 + told)
+
+# ---- resume (=) ----------------------------------------------------------------------------------------------------
+start_step, top_done, in_place, reseeded, problem = 0, False, False, True, ''
+if resumed:
+    for name, old, new in config.changes(checkpoint['config'], checkpoint_file):
+        if name in shape:
+            fail(f'{name} cannot change on resume: {old} -> {new} ({checkpoint_file})')
+        print0(f'changed since the checkpoint: {name} {old!r} -> {new!r}')
+try:
+    if checkpoint:
+        load_weights(checkpoint)
+    if resumed:
+        load_training(checkpoint)
+        for o in optimizers:  # load_state_dict does not look at shapes
+            for p, state in o.state.items():
+                if any(torch.is_tensor(value) and value.dim() and value.shape != p.shape for value in state.values()):
+                    raise ValueError('the state of the optimizer has other shapes than the weights')
+        start_step, top_done = checkpoint['step'], bool(checkpoint['top_done'])
+        progress = {name: type(value)(checkpoint[name]) for name, value in progress.items()}
+        known = checkpoint['ranks'][rank] if rank < len(checkpoint['ranks']) else None
+        load_rank_state(known)
+        reseeded = known is None or not set_generator_states(known['rng'], device_type)
+except (ValueError, RuntimeError, TypeError, KeyError, IndexError, AttributeError) as error:  # what a file that does not fit provokes
+    fail(f'{checkpoint_file} does not fit: {"no entry " if isinstance(error, KeyError) else ""}{str(error)[:400]}')
+if reseeded:
+    seed_generators(seed, rank, start_step)
+new_ranks = [r for r, new in enumerate(everyone(reseeded)) if new]
+if resumed and new_ranks:
+    print0(f'ranks {new_ranks} are new, or on another kind of device: their generators are seeded from (seed, rank, step)')
+if start_step > max_steps:
+    fail(f'{checkpoint_file} is at step {start_step}, beyond max_steps {max_steps}')
+if len(set(everyone(start_step))) > 1:
+    fail(f'the ranks found different checkpoints in {run_dir}: it must lie where all nodes see it')
+if master and not read_only:
+    log_path = os.path.join(run_dir, log_name)
+    try:
+        os.makedirs(run_dir, exist_ok=True)
+        in_place = resumed and os.path.samefile(os.path.dirname(os.path.normpath(checkpoint_file)) or '.', run_dir)
+        if resumed and not in_place and steps_on_disk():
+            raise ValueError(f'{run_dir} already holds another run: choose an empty folder')
+        if in_place and checkpoint_path:  # what comes after an explicit step belongs to another future
+            later = [checkpoint_path_of(s) for s in steps_on_disk() if s > start_step]
+            best = read_checkpoint(checkpoint_path_of('best'))[0]
+            later += [checkpoint_path_of('best')] if best and best.get('step', 0) > start_step else []
+            for path in later:
+                remove(path + '.old')
+                os.replace(path, path + '.old')
+            if later:
+                print0(f'set aside as *.old, later than step {start_step}:', ', '.join(later))
+        if not in_place and os.path.exists(log_path) and os.path.getsize(log_path):
+            os.replace(log_path, log_path + '.old')
+            print0(f'set aside as {log_name}.old, of a run without a checkpoint: {log_path}')
+        log_descriptor = os.open(log_path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        if in_place and os.fstat(log_descriptor).st_size > checkpoint['log_bytes']:
+            os.ftruncate(log_descriptor, checkpoint['log_bytes'])  # what the steps to be repeated wrote
+        if save_config:
+            config.save(os.path.join(run_dir, 'config.py'))
+    except (OSError, ValueError, TypeError) as error:
+        problem = f'cannot use {run_dir} as the folder of this run: {error}'
+agree(problem)
+wandb_run = None
+if wandb_log and master and not read_only:
+    try:
+        import wandb
+    except ImportError:
+        fail('--wandb_log needs the package wandb: pip install wandb')
+    wandb_run = wandb.init(project=wandb_project, name=run_name or None, config=dict(config), dir=run_dir,
+                           id=progress['wandb_id'] or None, resume='allow')
+    progress['wandb_id'] = wandb_run.id
+
+# ---- compile and wrap (=) ------------------------------------------------------------------------------------------
+if compile:
+    raw_model.compile()  # in place: the names in the state dict stay as they are, and raw_model.forward stays eager
+net = raw_model
+if ddp and data_parallel and not read_only and any(p.requires_grad for p in raw_model.parameters()):
+    net = DistributedDataParallel(raw_model, device_ids=[local_rank] if device_type == 'cuda' else None, gradient_as_bucket_view=True)
+
+# ---- learning rate (=) ---------------------------------------------------------------------------------------------
+def get_lr(step):
+    """Learning rate of the update that follows `step` completed ones: linear warmup, then `schedule` down to floor_lr."""
+    if step < warmup:
+        return peak_lr * (step + 1) / warmup
+    if schedule == 'constant':
+        return peak_lr
+    done = (step - warmup) / max(1, max_steps - warmup)  # 0 to 1; at 1 the run is over
+    if schedule == 'cosine_with_restarts':
+        done = done * cycles % 1
+    return floor_lr + (peak_lr - floor_lr) * (1 + math.cos(math.pi * min(1, done))) / 2
+
+# ---- evaluation ----------------------------------------------------------------------------------------------------
+PROMPTS = ['Why is the sky blue?', 'Give three tips for staying healthy.', 'Write a short poem about the sea.', 'What is the capital of France?',
+           'Classify each as fruit or vegetable: apple, carrot, banana, spinach.', 'Explain what a computer program is to a child.',
+           'How do I make a cup of tea?', 'List five animals that live in the forest.']
+
+@torch.no_grad()
+def evaluate():
+    """Loss in nats per response token, end-of-text among them, over all held-out rows, split over the ranks."""
+    raw_model.eval()
+    order, losses = np.argsort(val_data['prompt'] + val_data['response'], kind='stable'), []
+    for begin in range(rank * batch_size, val_rows + rank * batch_size, batch_size * world_size):  # as many on every rank
+        poll()
+        x, y, places, _ = (t.to(device) for t in padded_rows(val_data, order[begin:begin + batch_size], block_size, tokenizer['eot']))
+        with autocast:
+            losses.append(raw_model(x, y, 'sum', places))
+    raw_model.train()
+    return sum(everyone(torch.stack(losses).cpu().double().sum().item())) / val_data['response'].sum()
+
+@torch.no_grad()
+def evaluate_forgetting():
+    """Loss in nats per token on the first forgetting_tokens validation tokens of the pretraining data."""
+    raw_model.eval()
+    rows = sum((len(tokens) - 1) // block_size for tokens in forgetting.values())
+    rows = min(rows, max(1, forgetting_tokens // block_size)) if forgetting_tokens else rows
+    losses = []
+    for begin in range(rank, rows + rank, world_size):  # a row at a time, it is as long as a batch of answers
+        poll()
+        tokens = shard_rows(forgetting, block_size, [min(begin, rows - 1)])
+        targets = tokens[:, 1:] if begin < rows else tokens[:, 1:] * 0 - 1
+        with autocast:
+            losses.append(raw_model(tokens[:, :-1].to(device), targets.to(device), 'sum'))
+    raw_model.train()
+    return sum(everyone(torch.stack(losses).cpu().double().sum().item())) / (rows * block_size)
+
+def answers(prompts, seed, temperature, top_k=0, top_p=1.0):
+    """[(ids without end-of-text, did it end by itself)] for prompts given as lists of ids: in batches, split over the ranks, the
+    same whatever the number of ranks."""
+    order, found = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), {}
+    batches = [order[i:i + 16] for i in range(0, len(order), 16)]
+    for k in range(rank, len(batches) + rank, world_size):
+        poll()
+        chosen = batches[k] if k < len(batches) else []
+        if chosen:
+            lengths = torch.tensor([len(prompts[i]) for i in chosen])
+            idx = torch.tensor([prompts[i] + [tokenizer['eot']] * (int(lengths.max()) - len(prompts[i])) for i in chosen], device=device)
+            generator = torch.Generator(device).manual_seed(seed * 1000 + k)
+            with autocast:
+                idx = raw_model.generate(idx, max_new_tokens, temperature, top_k, top_p, tokenizer['vocab_size'], tokenizer['eot'], generator, lengths)
+            for i, row in zip(chosen, idx.tolist(), strict=True):
+                row = row[len(prompts[i]):len(prompts[i]) + max_new_tokens]
+                end = row.index(tokenizer['eot']) if tokenizer['eot'] in row else -1
+                found[i] = (row[:end] if end >= 0 else row, end >= 0)
+    poll()
+    found = {i: answer for part in everyone(found) for i, answer in part.items()}
+    return [found[i] for i in range(len(prompts))]
+
+def prompt_ids(instruction, context=''):
+    return [tokenizer['eot'], *encoding.encode_ordinary(instruction_prompt(instruction, context))]
+
+def readable(ids):
+    return re.sub(r'[^\n\t -~\xa0-\U0010ffff]', '\ufffd', encoding.decode(ids)).strip()  # no control codes on a terminal
+
+def held_out_prompts(n, names=None):
+    """The first n held-out rows, in a fixed shuffled order, of these categories (None = all): [(row, prompt ids)]."""
+    order = np.random.default_rng(0).permutation(val_rows)
+    rows = [r for r in order if names is None or categories[val_data['category'][r]] in names][:n]
+    start, prompt = val_data['start'], val_data['prompt']
+    return [(r, val_data['tokens'][start[r]:start[r] + prompt[r]].tolist()) for r in rows]
+
+def measure():
+    """What the table shows, {name: number}, and the answers to PROMPTS. Its generators are its own."""
+    found = {'response loss, nats': progress['val_loss']}
+    if forgetting:
+        found['pretraining loss, nats'] = evaluate_forgetting()
+    if not encoding or not eval_answers:
+        return found, []
+    asked = held_out_prompts(eval_answers)
+    greedy, sampled = (answers([ids for _, ids in asked], seed, t) for t in (0.0, 1.0))
+    found['end rate, greedy'] = sum(ended for _, ended in greedy) / len(asked)
+    found['end rate, sampled'] = sum(ended for _, ended in sampled) / len(asked)
+    found['distinct-2, greedy'] = distinct_2([encoding.decode(ids) for ids, _ in greedy])
+    for name in ('closed_qa', 'information_extraction'):
+        asked = held_out_prompts(eval_answers, [name])
+        scores = []
+        for (r, prompt), (ids, _) in zip(asked, answers([ids for _, ids in asked], seed, 0.0), strict=True):
+            reference = val_data['tokens'][val_data['start'][r] + len(prompt):][:val_data['response'][r] - 1]
+            scores.append(rouge_l(encoding.decode(ids), encoding.decode(reference.tolist())))
+        if scores:
+            found[f'ROUGE-L, {name}'] = sum(scores) / len(scores)
+    return found, [readable(ids) for ids, _ in answers([prompt_ids(text) for text in PROMPTS], seed, 0.0)]
+
+def table(before, after):
+    """Lines of the table."""
+    if before:
+        yield f'{"":33}before    after'
+    for name, value in after.items():
+        yield f'{name:30}' + (f'{before[name]:9.4f}' if name in before else ' ' * 9) + f'{value:9.4f}'
+
+if read_only:
+    step, path, files = checkpoint.get('step', 0), '', {}
+    if export:
+        path, files = os.path.normpath(export), export_files(raw_model.state_dict(), raw_model.config, tokenizer)
+    elif generate:
+        prompts = [prompt_ids(generate, context)] * num_samples
+        print0('\n----\n'.join(readable(ids) for ids, _ in answers(prompts, seed, temperature, top_k, top_p)))
+    elif chat:
+        if ddp:
+            fail('--chat is for one process, without torchrun')
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        print0('an instruction and Enter; an empty line ends')
+        try:
+            for turn in range(10 ** 9):
+                line = input('> ').strip()
+                if not line:
+                    break
+                print0(readable(answers([prompt_ids(line)], seed + turn, temperature, top_k, top_p)[0][0]))
+        except (EOFError, KeyboardInterrupt):
+            print0('')
+    else:
+        progress['val_loss'] = evaluate()
+        print0(f'step {step}/{max_steps} | val loss {progress["val_loss"]:.4f}')
+        found, texts = measure()
+        print0('\n'.join(table({}, found)))
+        path = os.path.join(run_dir if 'pretrained_checkpoint' in typed_now else os.path.dirname(os.path.normpath(checkpoint_file)), 'eval.json')
+        files = {'': dict(step=step, val_loss=progress['val_loss'], val_rows=val_rows, checkpoint=checkpoint_file, data_dir=data_dir, table=found,
+                          answers=dict(zip(PROMPTS, texts, strict=False)))}
+    if path:
+        try:
+            if master:
+                os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+                write_whole(path, files)
+        except OSError as error:
+            fail(cannot_write(path, error), 1)
+        print0(f'wrote {path}')
+    leave(0)
+
+# ---- training loop -------------------------------------------------------------------------------------------------
+describe = ['git', '-C', os.path.dirname(os.path.abspath(__file__)), 'describe', '--always', '--dirty']
+commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip() if shutil.which('git') else ''
+log('settings given: ' + ' '.join(f'{name}={value!r}' for name, value in config.typed().items()), prefix='# ', show=False)
+lengths = train_data['prompt'] + train_data['response'] - 1
+padded = sum(len(rows) * min(block_size, padded_length(lengths[rows].max())) for rows in micro_batches(0))
+for line in (
+    f'{sum(p.numel() for p in parameters):,} parameters: {n_layer} layers, {n_head} heads, width {n_embd}, {block_size} positions, {padded_vocab} ids',
+    f'{train_rows:,} training rows in {data_dir}, {lengths.sum():,} tokens, {train_data["response"].sum() / lengths.sum():.1%} of them in responses; '
+    f'{val_rows:,} held out',
+    f'{max_steps} steps of {grad_accumulation_steps} x {batch_size} rows = {max_steps * grad_accumulation_steps / batches_per_epoch:.2f} epochs; '
+    f'{1 - lengths.sum() / padded:.0%} of a batch is padding',
+    f'device {device} ({device_name}), dtype {dtype}, compile {compile}, {world_size} rank(s), torch {torch.__version__}, commit {commit or "unknown"}',
+    f'run {run_name or run_dir}: ' + (f'resumed from {checkpoint_file} at step {start_step}' if resumed else
+                                      f'weights from {checkpoint_file}' if checkpoint else f'RANDOM INITIALISATION, seed {seed}'),
+    *([f'WARNING: {train_data["left_out"] + val_data["left_out"]:,} rows of more than block_size + 1 = {block_size + 1} tokens are left out: '
+       f'prepare/dolly.py --max_length={block_size + 1} shortens contexts'] if train_data['left_out'] + val_data['left_out'] else []),
+    *([] if forgetting else ['forgetting is not measured: --forgetting_root names no pretraining shards']),
+):
+    log(line, prefix='# ')
+seconds, timed_steps, timed_tokens, flops = 0.0, 0, 0, 0
+raw_model.train()
+for step in range(start_step, max_steps + 1):
+    # -- top: what looks at the model after `step` updates; nothing here changes the training
+    last = step == max_steps
+    snapshot = take_snapshot()
+    if step > start_step or not top_done:
+        if eval_interval > 0 and step % eval_interval == 0 or step == 0 or last:
+            progress['val_loss'] = float(evaluate())
+            log(f'step {step}/{max_steps} | val loss {progress["val_loss"]:.4f}')
+            if not math.isfinite(progress['val_loss']):
+                fail(f'step {step}: validation loss {progress["val_loss"]}; stopped, no checkpoint holds it (try a lower max_lr)', 1)
+            if wandb_run:
+                wandb_run.log({'val/loss': progress['val_loss']}, step=step)
+            train_loss = progress['since_sum'] / max(1, progress['since_count'])
+            if progress['val_loss'] > progress['best_val_loss'] and progress['since_count'] and train_loss < progress['train_loss_before']:
+                log(f'Warning: Overfitting detected: val loss {progress["val_loss"]:.4f} is above its best, {progress["best_val_loss"]:.4f} at step '
+                    f'{progress["best_step"]}, while the train loss fell from {progress["train_loss_before"]:.4f} to {train_loss:.4f}')
+            if progress['since_count']:
+                progress.update(train_loss_before=train_loss, since_sum=0.0, since_count=0)
+            better = progress['val_loss'] < progress['best_val_loss']
+            if better:
+                progress.update(best_val_loss=progress['val_loss'], best_step=step)
+            if step == 0 or last:
+                found, texts = measure()
+                if step == 0:
+                    progress['before'], progress['answers_before'] = found, dict(enumerate(texts))
+                for line in table({} if step == 0 else progress['before'], found):
+                    log(line)
+                for i, text in enumerate(texts):
+                    log(f'step {step}/{max_steps} | answer to: {PROMPTS[i]}')
+                    for name, answer in (('before', progress['answers_before'].get(i, '')), ('after', text)) if step else (('before', text),):
+                        log('\n'.join(f'    {name:6} | {line}' for line in answer.splitlines() or ['']))
+            if better:
+                snapshot['progress'] = dict(progress)
+                save(checkpoint_path_of('best'))
+        if encoding and generate_interval > 0 < step and step % generate_interval == 0 and not last:
+            samples = answers([prompt_ids(text) for text in PROMPTS[:num_samples]], seed + step, temperature, top_k, top_p)
+            for text, (ids, _) in zip(PROMPTS, samples, strict=False):
+                log(f'step {step}/{max_steps} | answer to: {text}\n' + '\n'.join('    ' + line for line in readable(ids).splitlines()))
+    snapshot = take_snapshot(snapshot)
+    if step and (step > start_step or not top_done) and (save_every > 0 and step % save_every == 0 or step in permanent or last):
+        save(checkpoint_path_of(step))
+    if last:
+        break
+
+    # -- one update
+    started = time.perf_counter()
+    lr = get_lr(step)
+    for o in optimizers:
+        for group in o.param_groups:
+            group['lr'] = lr
+    loss_sum = torch.zeros((), device=device)
+    for micro_step in range(accumulation):
+        poll()
+        x, y, places, factors, total = next_batch(step, micro_step)
+        net.require_backward_grad_sync = micro_step == accumulation - 1  # before the forward: DDP reads it there
+        with autocast:
+            loss = net(x, y, 'sum', places, factors) / total  # over the count of the whole step: every response token weighs the same
+        scaler.scale(loss * world_size).backward()  # DDP divides by world_size
+        loss_sum += loss.detach()
+        timed_tokens += len(y)  # those that teach something
+        flops += raw_model.flops_per_token(x.size(1)) * x.numel() - 6 * raw_model.transformer.wte.weight.numel() * (x.numel() - len(y))
+        if log_level == 'DEBUG':
+            print0(f'step {step + 1} micro-step {micro_step + 1}/{accumulation} | loss {loss.item() * total / len(y):.6f} | {len(x)} x {x.size(1)} tokens '
+                   f'| {1000 * (time.perf_counter() - started):.0f}ms')
+    for o in optimizers:
+        scaler.unscale_(o)
+    reporting = (step + 1) % log_interval == 0 or step == 0 or step + 1 == max_steps
+    gradients = ''
+    if log_gradients and reporting:  # of every part of the model, before clipping
+        parts = {}
+        for name, p in raw_model.named_parameters():
+            parts.setdefault(re.match(r'transformer\.(h\.\d+\.\w+|\w+)', name)[1], []).append(p.grad)
+        gradients = ' | grad ' + ' '.join(f'{part} {total_norm(grads).item():.2e}' for part, grads in parts.items())
+    norm = total_norm([p.grad for p in parameters])
+    torch.nn.utils.clip_grads_with_norm_(parameters, clip if clip > 0 else math.inf, norm)
+    report = torch.stack((loss_sum, norm / world_size))  # one tensor, one host read; NaN or infinity on any rank survives the sum
+    if ddp:
+        dist.all_reduce(report)
+    step_loss, step_norm = report.tolist()
+    overflow = scaler.is_enabled() and not math.isfinite(step_norm) and scaler.get_scale() > 1  # the scaler skips it and scales less
+    if not math.isfinite(step_loss) or not math.isfinite(step_norm) and not overflow:
+        fail(f'step {step + 1}: loss {step_loss}, gradient norm {step_norm}; stopped before the update, no checkpoint holds it '
+             '(try a lower max_lr or more warmup_steps)', 1)
+    for o in optimizers:
+        if not overflow:  # the scaler itself would skip only those that saw it
+            scaler.step(o)
+        o.zero_grad(set_to_none=True)
+    scaler.update()
+
+    # -- reporting only
+    dt = time.perf_counter() - started
+    seconds, timed_steps = seconds + dt, timed_steps + 1
+    progress.update(loss_sum=progress['loss_sum'] + step_loss, loss_count=progress['loss_count'] + 1, seconds=progress['seconds'] + dt,
+                    since_sum=progress['since_sum'] + step_loss, since_count=progress['since_count'] + 1)
+    if reporting:
+        dt, mean_loss = seconds / timed_steps, progress['loss_sum'] / progress['loss_count']
+        mfu = f'{100 * flops / seconds / peak_flops:.1f}%' if peak_flops else '-'
+        minutes = int(dt * (max_steps - step - 1) / 60)
+        log(f'step {step + 1}/{max_steps} ({100 * (step + 1) / max_steps:.2f}%) | loss {mean_loss:.6f} | lr {lr:.2e} | norm {step_norm:.2f} | '
+            f'dt {1000 * dt:.0f}ms | tok/s {timed_tokens * world_size / seconds:,.0f} | mfu {mfu} | eta {minutes // 60}h{minutes % 60:02d}m{gradients}')
+        if wandb_run:
+            wandb_run.log({'train/loss': mean_loss, 'lr': lr, 'norm': step_norm}, step=step + 1)
+        seconds, timed_steps, timed_tokens, flops = 0.0, 0, 0, 0
+        progress.update(loss_sum=0.0, loss_count=0)
+
+# ---- finish --------------------------------------------------------------------------------------------------------
+log(f'done: best val loss {progress["best_val_loss"]:.4f} at step {progress["best_step"]}, checkpoints in {run_dir}, '
+    f'trained for {progress["seconds"] / 60:.1f} min', prefix='# ')
+poll()
+if wandb_run:
+    wandb_run.finish()
+leave(0)
