@@ -30,7 +30,7 @@ import tokenize
 import warnings
 
 # How a run was launched, not what it is: neither stored for a resume nor written to its config.py.
-LAUNCH = ('auto_resume', 'resume', 'checkpoint_path', 'eval_only', 'generate', 'chat', 'export', 'ask')
+LAUNCH = ('auto_resume', 'resume', 'checkpoint_path', 'eval_only', 'generate', 'context', 'chat', 'export', 'ask')
 BOOLS = {'true': True, '1': True, 'false': False, '0': False}
 master = os.environ.get('RANK', '0') == '0'
 if hasattr(sys.stdout, 'reconfigure'):
@@ -61,11 +61,12 @@ def nearby(path):
 
 
 class Config(dict):
-    """All settings by name. `given`: the names that were typed; a preset fills in the others, a resume restores them."""
+    """All settings by name. `given`: the names that were typed, `typed_here` those of them that no settings file brought; a preset fills in
+    the others, a resume restores them."""
 
     def __init__(self, namespace, settings):
         super().__init__()
-        self.namespace, self.settings, self.given = namespace, settings, set()
+        self.namespace, self.settings, self.given, self.typed_here = namespace, settings, set(), set()
         for name, (default, _) in settings.items():
             self.assign(name, default)
 
@@ -111,9 +112,10 @@ def configure(namespace, argv=None, aliases=None):
     aliases: {other spelling: setting}. Returns a Config. Exits 2 on a mistake, 0 after --help."""
     settings, help_text = _settings_of(namespace['__file__'])
     config = Config(namespace, settings)
-    for name, value in _typed_values(sys.argv[1:] if argv is None else argv, settings, aliases or {}, help_text):
+    for name, value, here in _typed_values(sys.argv[1:] if argv is None else argv, settings, aliases or {}, help_text):
         config.assign(name, value)
         config.given.add(name)
+        config.typed_here.add(name) if here else config.typed_here.discard(name)
     if config.given:
         print0('settings given:', ' '.join(f'{name}={config[name]!r}' for name in config if name in config.given))
     return config
@@ -156,7 +158,7 @@ def _assignment(node, complaint):
 
 
 def _typed_values(argv, settings, aliases, help_text):
-    """Yield (name, value) for everything on the command line."""
+    """Yield (name, value, True) for everything on the command line, (name, value, False) for what is in a settings file."""
     words = list(argv)
     while words:
         word = words.pop(0)
@@ -164,7 +166,7 @@ def _typed_values(argv, settings, aliases, help_text):
             print0(help_text)
             sys.exit(0)
         if re.fullmatch(r'[^-+=][^=]*\.py', word):
-            yield from _settings_file(word, settings, aliases)
+            yield from ((name, value, False) for name, value in _settings_file(word, settings, aliases))
             continue
         match = re.fullmatch(r'(--|\+{0,2})([A-Za-z_][\w.-]*)(?:=(.*))?', word, re.DOTALL)
         if not match or (match[3] is None and match[1] != '--'):
@@ -188,7 +190,7 @@ def _typed_values(argv, settings, aliases, help_text):
             value = _converted(text, default)
         except (KeyError, ValueError):
             value = None  # _checked says what is expected
-        yield name, _checked(value, default, comment, f'--{name}={text}')
+        yield name, _checked(value, default, comment, f'--{name}={text}'), True
 
 
 def _name_of(key, settings, aliases, dashes, where=''):

@@ -2,9 +2,10 @@
 
 What to expect: README.md has the measured table (model, data, hardware, response loss and end rate before and after, time).
 
-Laptop CPU, no download but the 13 MB of Dolly, from the model that train_gpt2.py's own quickstart leaves in logs/:
-    python prepare/dolly.py --tokenizer=bytes --max_length=128 --output_dir=data/dolly_bytes
-    python finetune_dolly.py --data_dir=data/dolly_bytes
+Laptop CPU, no download but the 13 MB of Dolly (a model of bytes, which learns the form, not the facts):
+    python prepare/pydocs.py && python train_gpt2.py --model=tiny --data_root=data/pydocs --block_size=512 --batch_size=4
+    python prepare/dolly.py --tokenizer=bytes --max_length=512 --output_dir=data/dolly_bytes
+    python finetune_dolly.py --data_dir=data/dolly_bytes --max_lr=1e-3
 One GPU, from the newest checkpoint in logs/, from OpenAI's weights, or from any folder that transformers reads:
     python prepare/dolly.py
     python finetune_dolly.py --dtype=bfloat16
@@ -38,7 +39,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import configure, fail, master, nearby, print0
-from model import GPT, GPT_SIZES, PEAK_FLOPS, TOKENIZERS, GPTConfig, load_tokenizer, open_shards, shard_rows
+from model import GPT, GPT_SIZES, PEAK_FLOPS, TOKENIZERS, GPTConfig, load_tokenizer, open_shards, printable, shard_rows
 from model import adopt_shape, export_files, find_gpt, fit_weights, load_optimizer_state, make_optimizers, optimizer_state, read_gpt
 from model import bucketed, distinct_2, instruction_prompt, open_rows, padded_length, padded_rows, rouge_l
 from model import generator_states, remove, seed_generators, set_generator_states, total_norm, write_whole
@@ -69,7 +70,7 @@ optimizer = 'adamw'              # adamw | muon; muon on the matrices of the blo
 max_lr = 6e-5                    # peak learning rate, a tenth of pretraining's
 min_lr = -1.0                    # final learning rate, 0 = nothing; -1 = max_lr / 10
 warmup_steps = 30                # steps of linear warmup; 0 = none
-num_epochs = 1.0                 # times that every row is seen: 0.3, 0.5, 1, 2 or 3
+num_epochs = 1.0                 # times that every row is seen: 0.3, 0.5, 1, 2 or 3; unless max_steps says how long
 max_steps = -1                   # optimizer steps in all; 0 = only the evaluation of the start; -1 = from num_epochs
 decay_lr = True                  # False = constant after the warmup
 lr_scheduler = 'cosine'          # cosine | cosine_with_restarts | constant
@@ -127,12 +128,19 @@ lenient = not read_only                  # True: a typed checkpoint that cannot 
 def checkpoint_path_of(step):
     return os.path.join(run_dir, 'model_best.pt' if step == 'best' else f'model_{step:05d}.pt')
 
-def checkpoint_of(path):  # one dict, whatever the files; ValueError if it is damaged
-    return read_gpt(path, whole=True)
+def checkpoint_of(path):  # one dict, whatever the files; ValueError if it is damaged. One of pretraining is weights here
+    found = read_gpt(path, whole=True)
+    ours = isinstance(found.get('train_loader_state'), dict) and 'micro_batch' in found['train_loader_state']
+    return found if ours or 'step' not in found else read_gpt(path)
 
 if eval_only + (generate != '') + chat + (export != '') > 1:
     fail('--eval_only, --generate, --chat and --export are launches of their own: give one')
-if 'pretrained_checkpoint' in typed_now and read_only:  # judge or ask a model before it is finetuned
+if 'num_epochs' in config.typed_here and 'max_steps' in config.typed_here and max_steps >= 0:
+    fail('--num_epochs and --max_steps are two lengths: give one')
+if context and not generate:
+    fail('--context belongs to --generate')
+judged = 'pretrained_checkpoint' in config.typed_here and read_only  # a model before it is finetuned; in config.py it says where that run began
+if judged:
     if checkpoint_path:
         fail('--pretrained_checkpoint and --checkpoint_path name two models: give one')
     try:
@@ -196,30 +204,32 @@ elif checkpoint:
 
 # ---- derived -------------------------------------------------------------------------------------------------------
 config.assign('log_dir', run_dir)
-pretrained_file = ''  # guide's chain: a finetuning checkpoint (see above), else the pretrained model, else random weights
-if not checkpoint:
-    source = pretrained_checkpoint
-    if 'pretrained_checkpoint' not in typed_now and not os.path.exists(source):
-        folder = os.path.dirname(source)
+if not checkpoint:  # the chain goes on: a checkpoint of finetuning (see above), else the pretrained one, else random weights
+    sources = [pretrained_checkpoint]
+    if 'pretrained_checkpoint' not in config.given and not os.path.exists(pretrained_checkpoint):
+        folder = os.path.dirname(pretrained_checkpoint)
         numbers = [re.fullmatch(r'model_(\d{1,18})\.pt', name) for name in (os.listdir(folder) if os.path.isdir(folder) else [])]
-        newest = max(filter(None, numbers), key=lambda match: int(match[1]), default=None)
-        source = os.path.join(folder, newest[0]) if newest else source
-    try:
-        pretrained_file = checkpoint_file = find_gpt(source)
-        checkpoint = read_gpt(pretrained_file)
-    except (ValueError, OSError) as error:
-        print0(f'WARNING: the pretrained checkpoint cannot be used: {source}: {error}{nearby(source)}')
+        newest = sorted(filter(None, numbers), key=lambda match: -int(match[1]))
+        sources = [os.path.join(folder, match[0]) for match in newest] or sources
+    for source in sources:
+        try:
+            checkpoint_file = find_gpt(source)
+            checkpoint = read_gpt(checkpoint_file)
+            config.restore({'pretrained_checkpoint': source}, checkpoint_file)  # so that config.py repeats this run
+            break
+        except (ValueError, OSError) as error:
+            print0(f'WARNING: the pretrained checkpoint cannot be used: {source}: {error}{nearby(source)}')
+    if not checkpoint:
         print0('WARNING: RANDOM INITIALISATION: nothing was pretrained, so the answers will be no language (name a model with --pretrained_checkpoint)')
 if checkpoint and 'step' not in checkpoint:
     try:
         adopt_shape(config, checkpoint['config'], pretrained_checkpoint, checkpoint_file)
     except ValueError as error:
         fail(error)
-    root = checkpoint.get('data_root', '')
-    if forgetting_root == 'auto':  # 'auto' must not outlive the moment in which it is known
-        config.restore({'forgetting_root': root if os.path.isdir(root) else ''}, checkpoint_file)
-elif forgetting_root == 'auto':
-    config.assign('forgetting_root', '')
+if forgetting_root == 'auto':  # it must not outlive the moment in which it is known
+    root = checkpoint.get('data_root', '') if checkpoint else ''
+    config.assign('forgetting_root', root if os.path.isdir(root) else '')
+    config.given.add('forgetting_root')
 config.fill({name: value for name, value in GPT_SIZES[model].items()})
 save_every, keep, permanent = checkpoint_interval, keep_last_n_checkpoints, permanent_checkpoints
 peak_lr, floor_lr, warmup, clip = max_lr, min_lr if min_lr >= 0 else max_lr / 10, warmup_steps, grad_clip
@@ -227,8 +237,8 @@ schedule, cycles = lr_scheduler if decay_lr else 'constant', lr_restarts + 1
 shape = ('block_size', 'n_layer', 'n_head', 'n_embd', 'activation')  # settings that a resumed model cannot change
 data_parallel = True  # False: the script sums the gradients itself, without DistributedDataParallel
 rank_state, load_rank_state = lambda: {}, lambda stored: None  # what each rank alone knows beside its generators: nothing here
-# The table's first column; the train loss since the last evaluation, and between the two before it.
-own_progress = dict(before={}, answers_before={}, since_sum=0.0, since_count=0, train_loss_before=math.inf)
+# The table's first column; the train loss since the last evaluation, and between the two before it (-1: none yet).
+own_progress = dict(before={}, answers_before={}, since_sum=0.0, since_count=0, train_loss_before=-1.0)
 if max(dropout, beta1, beta2) >= 1:
     fail('dropout, beta1 and beta2 must be less than 1')
 if any(type(s) is not int for s in permanent):
@@ -309,13 +319,20 @@ else:
     except ValueError as error:
         fail(f'{error}; to make data: `python prepare/dolly.py`')
     theirs = checkpoint.get('tokenizer', tokenizer) if checkpoint else tokenizer
+    if theirs not in TOKENIZERS.values():
+        fail(f'{checkpoint_file} names an unknown tokenizer')
     if theirs != tokenizer:
         fail(f'{checkpoint_file} was trained on {theirs["tokenizer"]} tokens, {data_dir} holds {tokenizer["tokenizer"]}: '
              f'python prepare/dolly.py --tokenizer={theirs["tokenizer"]} --output_dir=...')
     train_rows, val_rows = len(train_data['prompt']), len(val_data['prompt'])
     batches_per_epoch = -(-train_rows // batch_size)
-    if max_steps < 0:
-        config.assign('max_steps', math.ceil(num_epochs * batches_per_epoch / grad_accumulation_steps))
+    if 'num_epochs' in typed_now and 'max_steps' not in typed_now:
+        config.assign('max_steps', -1)  # a stored one
+    if max_steps < 0:  # of this launch alone: the setting stays -1
+        max_steps = math.ceil(num_epochs * batches_per_epoch / grad_accumulation_steps)
+    found = (checkpoint_file, n_layer, n_head, n_embd, block_size, activation, max_steps, train_data['files'], val_data['files'])
+    if len(set(map(str, everyone(found)))) > 1:
+        fail(f'the ranks see different checkpoints or rows: {found[0] or "random weights"} and {data_dir} must be the same on all nodes')
 accumulation = -(-grad_accumulation_steps // world_size)  # micro-steps per step
 first_step, first_batch = 0, 0  # the micro-batch where a step begins; only a resume with another batch moves them
 
@@ -329,7 +346,8 @@ def begin_of(step):
 def loader_state(step):
     """Where the data of this step begins, and in which data."""
     epoch, i = divmod(begin_of(step), batches_per_epoch)
-    return dict(seed=seed, epoch=epoch, micro_batch=i, batches_per_epoch=batches_per_epoch, rows=train_rows, files=dict(train_data['files']))
+    return dict(seed=seed, epoch=epoch, micro_batch=i, batches_per_epoch=batches_per_epoch, block_size=block_size,
+                files={**train_data['files'], **val_data['files']})
 
 def rows_of(step):
     """The numbers of the rows of each micro-batch of a step."""
@@ -371,7 +389,10 @@ if forgetting_root and not (generate or chat or export):
     try:
         _, forgetting, theirs = open_shards(forgetting_root, block_size, val_only=True)
     except ValueError as error:
-        fail(f'--forgetting_root: {error}')
+        if 'forgetting_root' in config.typed_here:
+            fail(f'--forgetting_root: {error} (without a folder, --forgetting_root=, it is not measured)')
+        print0(f'WARNING: forgetting is not measured: {error}')
+        forgetting, theirs = {}, tokenizer
     if theirs != tokenizer:
         fail(f'--forgetting_root={forgetting_root} holds {theirs["tokenizer"]} tokens, {data_dir} holds {tokenizer["tokenizer"]}')
 
@@ -398,12 +419,12 @@ def load_weights(checkpoint):
 
 def load_training(checkpoint):
     """Everything else that state_files stored; ValueError if it does not belong to this data."""
-    global first_step, first_batch
+    global first_step, first_batch, max_steps
     load_optimizer_state(raw_model, optimizers, checkpoint['optimizer'])  # the present lr, decay, betas stay
     if checkpoint['scaler']:  # empty if the run had another dtype
         scaler.load_state_dict(checkpoint['scaler'])
     there, here = checkpoint['train_loader_state'], loader_state(0)
-    for name in ('rows', 'files'):
+    for name in ('block_size', 'files'):
         if there[name] != here[name]:
             raise ValueError(f'the data in {data_dir} changed since, its {name} was {str(there[name])[:200]}: '
                              'resume with that data, or begin a new run in another folder')
@@ -415,6 +436,11 @@ def load_training(checkpoint):
         print0(f'another batch_size: continuing at micro-batch {position} of {batches_per_epoch} of epoch {there["epoch"]}; some of its rows may come '
                'twice or not at all')
     first_step, first_batch = checkpoint['step'], there['epoch'] * batches_per_epoch + position
+    if config['max_steps'] < 0:
+        max_steps = first_step + max(0, math.ceil((num_epochs * batches_per_epoch - first_batch) / grad_accumulation_steps))
+    if not all(type(n) is str and type(x) is float for n, x in checkpoint['before'].items()) or not all(
+            type(i) is int and type(text) is str for i, text in checkpoint['answers_before'].items()):
+        raise ValueError('its table is none')
 
 # ---- checkpoint (=) ------------------------------------------------------------------------------------------------
 # step: completed optimizer steps. progress: plain numbers that a resume continues. snapshot: what a checkpoint of this step
@@ -624,15 +650,10 @@ def answers(prompts, seed, temperature, top_k=0, top_p=1.0):
         poll()
         chosen = batches[k] if k < len(batches) else []
         if chosen:
-            lengths = torch.tensor([len(prompts[i]) for i in chosen])
-            idx = torch.tensor([prompts[i] + [tokenizer['eot']] * (int(lengths.max()) - len(prompts[i])) for i in chosen], device=device)
-            generator = torch.Generator(device).manual_seed(seed * 1000 + k)
+            generator = torch.Generator(device).manual_seed((seed * 1000 + k) % 2 ** 63)
             with autocast:
-                idx = raw_model.generate(idx, max_new_tokens, temperature, top_k, top_p, tokenizer['vocab_size'], tokenizer['eot'], generator, lengths)
-            for i, row in zip(chosen, idx.tolist(), strict=True):
-                row = row[len(prompts[i]):len(prompts[i]) + max_new_tokens]
-                end = row.index(tokenizer['eot']) if tokenizer['eot'] in row else -1
-                found[i] = (row[:end] if end >= 0 else row, end >= 0)
+                found.update(zip(chosen, raw_model.answer([prompts[i] for i in chosen], max_new_tokens, temperature, top_k, top_p, tokenizer['vocab_size'],
+                                                          tokenizer['eot'], generator, stop=lambda: stop_signal), strict=True))
     poll()
     found = {i: answer for part in everyone(found) for i, answer in part.items()}
     return [found[i] for i in range(len(prompts))]
@@ -641,7 +662,7 @@ def prompt_ids(instruction, context=''):
     return [tokenizer['eot'], *encoding.encode_ordinary(instruction_prompt(instruction, context))]
 
 def readable(ids):
-    return re.sub(r'[^\n\t -~\xa0-\U0010ffff]', '\ufffd', encoding.decode(ids)).strip()  # no control codes on a terminal
+    return printable(encoding.decode(ids)).strip()
 
 def held_out_prompts(n, names=None):
     """The first n held-out rows, in a fixed shuffled order, of these categories (None = all): [(row, prompt ids)]."""
@@ -690,6 +711,8 @@ if read_only:
         if ddp:
             fail('--chat is for one process, without torchrun')
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        sys.stdin.reconfigure(errors='replace')
         print0('an instruction and Enter; an empty line ends')
         try:
             for turn in range(10 ** 9):
@@ -704,7 +727,7 @@ if read_only:
         print0(f'step {step}/{max_steps} | val loss {progress["val_loss"]:.4f}')
         found, texts = measure()
         print0('\n'.join(table({}, found)))
-        path = os.path.join(run_dir if 'pretrained_checkpoint' in typed_now else os.path.dirname(os.path.normpath(checkpoint_file)), 'eval.json')
+        path = os.path.join(run_dir if judged else os.path.dirname(os.path.normpath(checkpoint_file)), 'eval.json')
         files = {'': dict(step=step, val_loss=progress['val_loss'], val_rows=val_rows, checkpoint=checkpoint_file, data_dir=data_dir, table=found,
                           answers=dict(zip(PROMPTS, texts, strict=False)))}
     if path:

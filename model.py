@@ -236,11 +236,12 @@ class GPT(nn.Module):
         return torch.zeros(len(rows), device=device).index_add_(0, counts.nonzero()[:, 0], losses)
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, n_vocab=0, eot=-1, generator=None, lengths=None):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, n_vocab=0, eot=-1, generator=None, lengths=None,
+                 stop=lambda: False):
         """Continue idx (B, T) by up to max_new_tokens ids, each step from the last position alone with a key-value cache.
 
         lengths (B,): of prompts that were padded on the right; row b then continues at lengths[b], over its padding, and goes
-        on with anything once it has its max_new_tokens, until all have theirs.
+        on with anything once it has its max_new_tokens, until all have theirs. stop(): asked before each token, True ends it early.
 
         temperature 0 = the likeliest id. top_k 0, top_p 1 = off. Ids >= n_vocab (0 = all allowed) are never drawn: the
         padding of the vocabulary has no text. Rows that drew `eot` go on with eot; stops when all did. At block_size the
@@ -252,6 +253,8 @@ class GPT(nn.Module):
         cache, feed = {}, idx[:, -block_size:]
         ended = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
         for place in range(idx.size(1), limit):
+            if stop():
+                break
             if cache and next(iter(cache.values()))[0].size(2) == block_size:
                 cache, feed = {}, idx[:, -max(1, block_size // 2):]
             logits = F.linear(self.hidden(feed, cache)[:, -1], self.transformer.wte.weight).float()  # (B, V)
@@ -259,7 +262,7 @@ class GPT(nn.Module):
             if temperature == 0:
                 feed = logits.argmax(1, keepdim=True)
             else:
-                logits /= temperature
+                logits = (logits - logits.amax(1, keepdim=True)) / temperature  # a tiny temperature must not overflow
                 if top_k:
                     logits[logits < logits.topk(min(top_k, logits.size(1)))[0][:, -1:]] = -math.inf
                 if top_p < 1:
@@ -279,6 +282,15 @@ class GPT(nn.Module):
                 break
         self.train(mode)
         return idx
+
+
+    def answer(self, prompts, max_new_tokens, temperature, top_k, top_p, n_vocab, eot, generator, stop=lambda: False):
+        """[(ids before end-of-text, did it come?)] for prompts given as lists of ids, all in one batch (see generate)."""
+        lengths, device = torch.tensor([len(prompt) for prompt in prompts]), self.transformer.wte.weight.device
+        idx = torch.tensor([prompt + [eot] * (int(lengths.max()) - len(prompt)) for prompt in prompts], device=device)
+        rows = self.generate(idx, max_new_tokens, temperature, top_k, top_p, n_vocab, eot, generator, lengths, stop).tolist()
+        rows = [row[len(prompt):len(prompt) + max_new_tokens] for prompt, row in zip(prompts, rows, strict=True)]
+        return [(row[:row.index(eot)], True) if eot in row else (row, False) for row in rows]
 
 
 CONV1D = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')  # (in, out) in published files
@@ -525,7 +537,8 @@ def optimizer_state(model, optimizers):
     """The state of several torch.optim optimizers by the names of the parameters, full tensors, whichever optimizer has which."""
     names = {p: name for name, p in model.named_parameters()}
     return dict(state={names[p]: {key: whole(names[p], value) for key, value in state.items()} for o in optimizers for p, state in o.state.items()},
-                param_groups=[dict(group, params=[names[p] for p in group['params']]) for o in optimizers for group in o.param_groups])
+                param_groups=[{**{key: value for key, value in group.items() if key != 'lr'}, 'params': [names[p] for p in group['params']]}  # lr: get_lr's
+                              for o in optimizers for group in o.param_groups])
 
 
 def load_optimizer_state(model, optimizers, stored):
@@ -610,6 +623,11 @@ def load_tokenizer(name, download=False):
         return tiktoken.get_encoding('gpt2')
     finally:
         tiktoken.load.read_file = read_file
+
+
+def printable(text):
+    """The text without control codes, for a terminal."""
+    return re.sub(r'[^\n\t -~\xa0-\U0010ffff]', '\ufffd', text)
 
 
 # What a manifest.json may say; a folder without one holds GPT-2's ids.
@@ -709,7 +727,7 @@ def open_rows(folder, block_size):
     """(training rows, validation rows, tokenizer, names of the categories) of a folder that prepare/dolly.py wrote.
 
     Rows: a dict of arrays, `tokens` (n,) uint16 of all rows one after another; for each row `start`, its first token's place in
-    them, `prompt` and `response`, its numbers of tokens, `category`; 'files': {name: rows}; `left_out`: how many rows of more
+    them, `prompt` and `response`, its numbers of tokens, `category`; `files`: {name: [rows, CRC of it all]}; `left_out`: how many rows of more
     than block_size + 1 tokens there are beside these. Everything is checked; ValueError names file and place."""
     if not os.path.isdir(folder):
         raise ValueError(f'{folder} is no folder')
@@ -722,7 +740,10 @@ def open_rows(folder, block_size):
         categories = manifest['categories']
         if tokenizer not in TOKENIZERS.values() or not isinstance(categories, list) or not all(isinstance(c, str) for c in categories):
             raise ValueError(f'{tokenizer} is none of the known tokenizers, or categories {categories!r} are no names')
-        for name in sorted(name for name in os.listdir(folder) if name.endswith('.npz')):
+        names = sorted(name for name in os.listdir(folder) if name.endswith('.npz'))
+        if 'files' in manifest and names != sorted(file['name'] for file in manifest['files']):
+            raise ValueError(f'it lists {[file["name"] for file in manifest["files"]]}, the folder holds {names}')
+        for name in names:
             with np.load(os.path.join(folder, name), allow_pickle=False) as archive:  # it checks the CRC of what it reads
                 tokens, prompt, response, category = (archive[key] for key in ('tokens', 'prompt', 'response', 'category'))
             if tokens.dtype != np.uint16 or not all(a.ndim == 1 and np.issubdtype(a.dtype, np.integer) for a in (tokens, prompt, response, category)):
@@ -743,9 +764,10 @@ def open_rows(folder, block_size):
             unended = np.flatnonzero(tokens[ends - 1] != tokenizer['eot'])
             if len(unended):
                 raise ValueError(f'row {unended[0]} does not end in end-of-text')
-            splits['val' if 'val' in name else 'train'].append((name, tokens, prompt, response, category))
-    except (OSError, ValueError, EOFError, AttributeError, KeyError, TypeError, RecursionError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f'{os.path.join(folder, name)}: {error}') from error
+            crc = zlib.crc32(b''.join(a.tobytes() for a in (tokens, prompt, response, category)))
+            splits['val' if 'val' in name else 'train'].append((name, tokens, prompt, response, category, crc))
+    except Exception as error:  # a hostile file can provoke any of them
+        raise ValueError(f'{os.path.join(folder, name)}: {" ".join(str(error).split())[:300] or type(error).__name__}') from error
     found = []
     for split, parts in splits.items():
         if not parts:
@@ -756,7 +778,7 @@ def open_rows(folder, block_size):
             raise ValueError(f'{folder}: no {split} row has at most block_size + 1 = {block_size + 1} tokens')
         start = np.cumsum(prompt + response) - prompt - response
         found.append(dict(tokens=tokens, start=start[fits], prompt=prompt[fits], response=response[fits], category=category[fits],
-                          files={part[0]: len(part[2]) for part in parts}, left_out=int((~fits).sum())))
+                          files={part[0]: [len(part[2]), part[5]] for part in parts}, left_out=int((~fits).sum())))
     return *found, tokenizer, categories
 
 

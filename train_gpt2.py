@@ -34,7 +34,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import configure, fail, master, nearby, print0
-from model import GPT, GPT_SIZES, PEAK_FLOPS, TOKENIZERS, GPTConfig, hellaswag_scores, load_tokenizer, open_hellaswag, open_shards, shard_rows
+from model import GPT, GPT_SIZES, PEAK_FLOPS, TOKENIZERS, GPTConfig, hellaswag_scores, load_tokenizer, open_hellaswag, open_shards, printable, shard_rows
 from model import adopt_shape, export_files, find_gpt, fit_weights, load_whole_weights, read_gpt, whole_weights
 from model import load_optimizer_state, make_optimizers, optimizer_state, sum_gradients, tensor_parallel, total_norm
 from model import generator_states, remove, seed_generators, set_generator_states, write_whole
@@ -135,9 +135,9 @@ def path_of_weights():
 
 if eval_only + (generate != '') + (export != '') > 1:
     fail('--eval_only, --generate and --export are three launches: give one')
-if init_from != 'scratch' and checkpoint_path:
+if 'init_from' in config.typed_here and init_from != 'scratch' and checkpoint_path:
     fail('--init_from and --checkpoint_path name two beginnings: give one')
-if init_from != 'scratch' and read_only:
+if 'init_from' in config.typed_here and init_from != 'scratch' and read_only:  # in a run's config.py it says where that run began
     config.assign('checkpoint_path', path_of_weights())
 if export and (os.path.isfile(export) or os.path.isdir(export) and os.listdir(export)):
     fail(f'--export={export} is there already: name a new folder')
@@ -614,9 +614,10 @@ def sample(text, seed):
     for _ in range(num_samples):
         poll()
         with autocast:
-            ids = raw_model.generate(prompt, max_new_tokens, temperature, top_k, top_p, tokenizer['vocab_size'], tokenizer['eot'], generator)
+            ids = raw_model.generate(prompt, max_new_tokens, temperature, top_k, top_p, tokenizer['vocab_size'], tokenizer['eot'], generator,
+                                     stop=lambda: stop_signal)
         texts.append(encoding.decode([i for i in ids[0].tolist() if i != tokenizer['eot']]))
-    return [re.sub(r'[^\n\t -~\xa0-\U0010ffff]', '\ufffd', text) for text in texts]  # no control codes on a terminal
+    return [printable(text) for text in texts]
 
 if read_only:
     step, path, files = checkpoint.get('step', 0), '', {}
@@ -629,7 +630,7 @@ if read_only:
         print0(f'step {step}/{max_steps} | val loss {report["val_loss"]:.4f}')
         if hellaswag:
             report.update(evaluate_hellaswag(), hellaswag_items=len(hellaswag))
-        folder = run_dir if 'init_from' in typed_now else os.path.dirname(os.path.normpath(checkpoint_file))
+        folder = run_dir if 'init_from' in config.typed_here else os.path.dirname(os.path.normpath(checkpoint_file))
         path, files = os.path.join(folder, 'eval.json'), {'': report}
     if path:
         try:

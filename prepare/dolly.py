@@ -145,7 +145,11 @@ def main():
         fail(f'{input or URL}: {len(rows)} usable rows are too few to hold out {val_fraction:.0%} of them')
 
     folder = Path(output_dir)
-    for old in [folder / 'manifest.json', *folder.glob('*.npz')]:  # the manifest first: a kill from here on leaves none
+    ours = [path for path in folder.glob('*.npz') if re.fullmatch(r'[\w.-]+_(val|train)_\d{6}\.npz', path.name)]
+    strange = sorted(set(folder.glob('*.npz')) - set(ours))
+    if strange:  # the trainer would read it, too
+        fail(f'{strange[0]} was not written by this script: choose another --output_dir')
+    for old in [folder / 'manifest.json', *ours]:  # the manifest first: a kill from here on leaves none
         old.unlink(missing_ok=True)
     files = write_rows(folder, splits['val'], 'val', 0, categories)
     files += write_rows(folder, splits['train'], 'train', len(files), categories)

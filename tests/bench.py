@@ -4,6 +4,7 @@
     python tests/bench.py --nanogpt=DIR --build_nanogpt=DIR   beside clones of karpathy/nanoGPT and karpathy/build-nanogpt
     python tests/bench.py --cases head_4 head_8 head_16 head_32
     python tests/bench.py --learning --nanogpt=DIR            the same batches and hyperparameters: loss per step, 3 seeds each
+    python tests/bench.py --finetune --nanogpt=DIR            finetune_dolly.py on the rows of --dolly, beside padding random batches, beside nanoGPT
     python tests/bench.py --device=cuda --cases gpt2 --nanogpt=DIR --build_nanogpt=DIR
 
 All contestants of a case are started as users would start them, on the same random tokens, and are stopped by SIGSTOP; then
@@ -41,6 +42,8 @@ build_nanogpt = ''            # folder of a clone of karpathy/build-nanogpt
 compile = True                # measure everyone compiled, too
 rounds = 6                    # turns of each contestant
 steps = 0                     # counted steps per turn; 0 = about three seconds' worth
+finetune = False              # measure finetuning instead: response tokens per second
+dolly = 'dolly15k'            # a folder of prepare/dolly.py, of GPT-2's tokens
 learning = False              # compare losses per step instead, ours with nanoGPT's
 learning_steps = 300          # steps of these runs
 data_root = 'data/pydocs'     # their data
@@ -66,7 +69,7 @@ class Contestant:
     """A training script of anyone, paused but for its turns."""
 
     def __init__(self, name, folder, command, pattern):
-        self.name, self.folder, self.pattern, self.ms = name, folder, re.compile(pattern), []
+        self.name, self.folder, self.pattern, self.ms, self.rates = name, folder, re.compile(pattern), [], []
         env = dict(os.environ, PYTHONUNBUFFERED='1', CUDA_LAUNCH_BLOCKING='0')
         self.process = subprocess.Popen([sys.executable, *map(str, command)], cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                         start_new_session=True)  # else the kernel continues stopped ones when the launching shell goes
@@ -84,6 +87,7 @@ class Contestant:
                 raise RuntimeError(f'{self.name} ended:\n' + ''.join(self.seen[-30:]))
             if match := self.pattern.search(line):
                 found.append(float(match[1]))
+                self.rates.append(float(match[2].replace(',', '')) if self.pattern.groups > 1 else 0.0)
         return found
 
     def pause(self):
@@ -196,6 +200,62 @@ def measure(case):
               f'| {flops * speed[one.name] / statistics.median(rates):.0%} | {memory[one.name]:,.0f} MB | {ratio} |', flush=True)
 
 
+def measure_finetuning():
+    """Tokens of responses per second: in batches of like length; in random batches padded to their longest row whose every
+    position meets the head, as litgpt pads; and nanoGPT's, which trains on the rows as one stream."""
+    from model import open_rows
+    shape, block_size = ['--n_layer=4', '--n_head=4', '--n_embd=128'], 1024
+    rows, _, _, _ = open_rows(dolly, block_size)
+    share = rows['response'].sum() / len(rows['tokens'])
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        common = ['finetune_dolly.py', *shape, f'--data_dir={os.path.abspath(dolly)}', f'--block_size={block_size}', '--num_epochs=100', '--log_interval=1',
+                  '--eval_interval=-1', '--generate_interval=-1', '--checkpoint_interval=-1', '--eval_answers=0', f'--device={device}']
+        start = {}
+        for name in ('ours', 'random batches, all logits'):
+            there = folder / name.split()[0]
+            there.mkdir()
+            for file in ('finetune_dolly.py', 'configurator.py', 'model.py'):
+                shutil.copy(ROOT / file, there)
+            source = replaced((there / 'finetune_dolly.py').read_text(), {'or step == 0 or last:\n            progress': ':\n            progress'})  # no evaluation
+            (there / 'finetune_dolly.py').write_text(source)
+            if name != 'ours':
+                (there / 'model.py').write_text(replaced((there / 'model.py').read_text(), {
+                    'window[np.argsort(lengths[window], kind=\'stable\')]': 'window', 'return -(-length // 16) * 16': 'return int(length)',
+                    'loss = HeadLoss.apply(x if places is None else x[places], weight, targets, torch.is_grad_enabled(), factors)':
+                    'loss = HeadLoss.apply(x, weight, targets.new_full((len(x),), -1).scatter(0, places, targets), torch.is_grad_enabled())'}))
+            start[name] = there, common, r' dt (\d+)ms \| tok/s ([\d,]+)'
+        if nanogpt:
+            there = folder / 'nanogpt'
+            (there / 'data/bench').mkdir(parents=True)
+            for name in ('train.py', 'model.py', 'configurator.py'):
+                shutil.copy(Path(nanogpt, name), there)
+            for name in ('train.bin', 'val.bin'):
+                rows['tokens'].tofile(there / 'data/bench' / name)
+            start['nanoGPT on the stream'] = there, ['train.py', *shape, '--dataset=bench', f'--block_size={block_size}', '--batch_size=4', '--gradient_accumulation_steps=1',
+                                                     '--bias=True', '--eval_interval=100000000', '--eval_iters=1', '--max_iters=100000000', '--log_interval=1',
+                                                     f'--device={device}', '--dtype=float32', '--compile=False'], r'time ([\d.]+)ms'
+        running = []
+        try:
+            for name, how in start.items():
+                running.append(Contestant(name, *how))
+                running[-1].rates.clear()
+            for _ in range(rounds):
+                for one in running:
+                    before = len(one.rates)
+                    one.turn(steps or 8)
+                    del one.rates[before]  # of the step in which it was stopped
+        finally:
+            memory = {one.name: one.end() for one in running}
+    print(f'\n{dolly}: {share:.1%} of the tokens are in responses; 4 layers, width 128, 50304 ids, 16 rows (nanoGPT: 4 x {block_size} tokens) a step')
+    print('| | response tokens per second | times | steps | peak memory |\n|---|---|---|---|---|')
+    speed = {}
+    for one in running:
+        tokens = 4 * block_size * share * len(one.ms) if one.pattern.groups == 1 else sum(ms * rate / 1000 for ms, rate in zip(one.ms, one.rates, strict=True))
+        speed[one.name] = tokens / sum(one.ms) * 1000
+        print(f'| {one.name} | {speed[one.name]:,.0f} | {speed[one.name] / speed["ours"]:.2f} | {len(one.ms)} | {memory[one.name]:,.0f} MB |')
+
+
 def learn_as_nanogpt(seed, batches, lr_of):
     """Losses of nanoGPT's model and optimizer on `batches`, in its own order of a step."""
     import importlib.util
@@ -263,6 +323,8 @@ if __name__ == '__main__':
         fail(f'unknown cases {sorted(set(cases) - set(CASES))}, known are {", ".join(CASES)}')
     if learning:
         compare_learning()
+    elif finetune:
+        measure_finetuning()
     else:
         for case in cases:
             measure(case)

@@ -507,3 +507,140 @@ def test_a_guides_command_runs(launcher, pretrained, tmp_path, line):
     assert 'done: best val loss' in run.out and 'RANDOM' not in run.out and math.isfinite(losses(run)[0])
     if '--max_lr' in args and '--resume' in args:
         assert f'max_lr 6e-05 -> {float(args[args.index("--max_lr") + 1])}' in run.out
+
+
+# ---- found by reading
+def test_config_py_repeats_a_run_that_took_the_newest_checkpoint(tune, pretrained, tmp_path):
+    base = ['--max_new_tokens=4', '--eval_answers=1']
+    tune('--max_steps=3', '--data_dir=data', base=base).ok()
+    (pretrained / 'model_19072.pt').write_bytes((pretrained / 'model_00002.pt').read_bytes())  # what an untyped launch would take now
+    run = tune('logs_finetune/config.py', '--log_dir=b', base=[]).ok()
+    assert 'weights from logs/model_00004.pt' in run.out
+    assert clean_log(tmp_path / 'logs_finetune/log.txt') == clean_log(tmp_path / 'b/log.txt')
+    tune('logs_finetune/config.py', '--eval_only', base=[]).ok()  # the finetuned one, not that where it began
+    assert json.loads((tmp_path / 'logs_finetune/eval.json').read_text())['checkpoint'] == 'logs_finetune/model_00003.pt'
+
+
+def test_a_checkpoint_of_pretraining_is_weights_here(tune, launcher, pretrained, tmp_path):
+    base = ['--data_dir=data', '--eval_answers=0']
+    tune('--eval_only', '--pretrained_checkpoint=logs/model_00004.pt', '--block_size=40', base=base).ok()
+    report = json.loads((tmp_path / 'logs_finetune/eval.json').read_text())
+    assert report['step'] == 0 and report['checkpoint'] == 'logs/model_00004.pt' and 'pretraining loss, nats' in report['table']
+    run = tune('--resume', '--checkpoint_path=logs/model_00004.pt', '--log_dir=b', '--max_steps=1', base=base).ok()
+    assert 'holds weights only' in run.out and 'step 1/1 | val loss' in run.out
+    assert f'| val loss {report["val_loss"]:.4f}' in tune('--max_steps=0', '--block_size=40', '--log_dir=c', base=base).ok().out
+
+
+def test_the_one_before_if_the_newest_pretrained_is_damaged(tune, pretrained):
+    (pretrained / 'model_00004.pt').write_bytes(b'x')
+    run = tune('--max_steps=0', base=['--data_dir=data', '--eval_answers=0']).ok()
+    assert 'weights from logs/model_00002.pt' in run.out and 'WARNING: the pretrained checkpoint cannot be used: logs/model_00004.pt' in run.out
+
+
+def test_rows_prepared_anew_are_refused_on_resume(tune, tmp_path):
+    tune().ok()
+    make_rows_data(tmp_path / 'data', seed=1)  # the same names, the same number of rows
+    assert 'the data in data changed since, its files' in tune('--auto_resume', '--max_steps=6', base=[]).one_line()
+
+
+def test_prepare_leaves_foreign_files_alone(tmp_path):
+    (tmp_path / 'out').mkdir()
+    (tmp_path / 'out/mine.npz').write_bytes(b'mine')
+    one_line(prepare(tmp_path, rows=[row(i) for i in range(60)]), 'out/mine.npz was not written by this script')
+    assert [path.name for path in (tmp_path / 'out').iterdir()] == ['mine.npz']
+
+
+def test_a_missing_file_of_rows_is_noticed(tune, tmp_path):
+    assert prepare(tmp_path, '--shard_size=3000', rows=[row(i) for i in range(100)])[0] == 0
+    assert len(open_rows(str(tmp_path / 'out'), 1024)[0]['prompt']) == 96
+    (tmp_path / 'out/dolly_train_000002.npz').unlink()
+    assert 'manifest.json: it lists' in tune('--data_dir=out').one_line()
+
+
+def test_a_flag_that_says_encrypted(tune, tmp_path):
+    path = tmp_path / 'data/x_train_000001.npz'
+    content = bytearray(path.read_bytes())
+    content[content.rindex(b'PK\x01\x02') + 8] |= 1
+    path.write_bytes(content)
+    assert 'x_train_000001.npz' in tune().one_line()
+
+
+@pytest.mark.parametrize('change', [dict(tokenizer='foo'), dict(tokenizer=None), dict(tokenizer={}), dict(before={'response loss, nats': 'x'}), dict(before=3),
+                                    dict(answers_before={0: 5}), dict(train_loader_state={'micro_batch': -1}), dict(train_loader_state=3)], ids=str)
+def test_a_hostile_checkpoint_ends_in_one_line(tune, change):
+    run = tune().ok()
+    path = run.cwd / 'logs_finetune/model_00004.pt'
+    torch.save({**load(path), **change}, path)
+    run = tune('--resume', f'--checkpoint_path={path}', '--max_steps=6', '--log_dir=b')
+    assert run.codes == [2] and len(run.err.splitlines()) == 1 or 'WARNING' in run.out, run.err
+
+
+def test_a_signal_does_not_wait_for_the_last_token():
+    model, asked = tiny_gpt(), []
+    out = model.generate(torch.tensor([[1, 2]]), 30, stop=lambda: asked.append(1) or len(asked) > 3)
+    assert out.shape == (1, 5)
+
+
+def test_chat_hears_sigterm(tune, tmp_path):
+    tune('--max_steps=2').ok()
+    process = subprocess.Popen([sys.executable, ROOT / 'finetune_dolly.py', '--chat'], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=tmp_path)
+    while b'an empty line ends' not in process.stdout.readline():
+        assert process.poll() is None
+    process.terminate()
+    assert process.wait(10) == -15
+
+
+@pytest.mark.parametrize('size, last', [(2, 40), (8, 18)])
+def test_num_epochs_holds_when_the_batch_changes(tune, size, last):
+    """10 steps of 4 of 100 rows, then the other 60 rows in steps of another size."""
+    base = [word for word in TINY if not word.startswith('--max_steps')]
+    tune('--eval_answers=0', '--checkpoint_interval=10', prelude='''
+import model, os, signal
+real, calls = model.GPT.forward, []
+def forward(self, *args, **kwargs):
+    calls.append(self.training)
+    if sum(calls) == 11: os.kill(os.getpid(), signal.SIGKILL)
+    return real(self, *args, **kwargs)
+model.GPT.forward = forward
+''', base=base)
+    run = tune('--auto_resume', f'--batch_size={size}', base=[]).ok()
+    assert f'step {last}/{last} | val loss' in run.out
+
+
+def test_num_epochs_beside_max_steps(tune):
+    assert 'give one' in tune('--num_epochs=2').one_line()
+    tune('--max_steps=2').ok()
+    assert 'step 50/50 | val loss' in tune('--auto_resume', '--num_epochs=2', '--eval_answers=0', base=[]).ok().out
+
+
+def test_no_alarm_before_there_is_something_to_compare_with(tune):
+    run = tune('--max_lr=1', '--warmup_steps=0', '--grad_clip=0', '--max_steps=2').ok()
+    val = [float(v) for v in re.findall(r'\| val loss ([\d.]+)', run.out)]
+    assert val[1] > val[0] and WARNING not in run.out
+
+
+def test_forgetting_folders(tune, pretrained, tmp_path):
+    base = ['--data_dir=data', '--eval_answers=0', '--max_steps=1']
+    assert 'pretraining loss' in tune('--forgetting_root=auto', base=base).ok().out
+    assert 'not measured' in tune('--forgetting_root=', '--log_dir=b', base=base).ok().out
+    assert '--forgetting_root=, it is not measured' in tune('--forgetting_root=nowhere', '--log_dir=c', base=base).one_line()
+    (tmp_path / 'text').rename(tmp_path / 'moved')  # after the run began
+    assert 'WARNING: forgetting is not measured: text is no folder' in tune('--auto_resume', '--max_steps=2', base=[]).ok().out
+
+
+def test_settings_at_their_limits(tune):
+    tune('--seed=9000000000000000000', '--max_steps=1').ok()
+    tune('--generate=a', '--temperature=1e-45', base=[]).ok()
+    assert '--context belongs to --generate' in tune('--context=a', base=[]).one_line()
+
+
+def test_ranks_must_see_the_same_checkpoint(tune, pretrained):
+    prelude = '''
+import os, model
+if os.environ['RANK'] == '1':
+    real = model.find_gpt
+    def find_gpt(source):
+        raise OSError('not on this node')
+    model.find_gpt = find_gpt
+'''
+    assert 'the ranks see different checkpoints or rows' in tune(base=['--data_dir=data'], ranks=2, prelude=prelude).one_line()
