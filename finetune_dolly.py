@@ -420,7 +420,7 @@ def load_weights(checkpoint):
 def load_training(checkpoint):
     """Everything else that state_files stored; ValueError if it does not belong to this data."""
     global first_step, first_batch, max_steps
-    load_optimizer_state(raw_model, optimizers, checkpoint['optimizer'])  # the present lr, decay, betas stay
+    load_optimizer_state(raw_model, optimizers, checkpoint['optimizer'])  # the present decay and betas stay
     if checkpoint['scaler']:  # empty if the run had another dtype
         scaler.load_state_dict(checkpoint['scaler'])
     there, here = checkpoint['train_loader_state'], loader_state(0)
@@ -696,9 +696,9 @@ def measure():
 def table(before, after):
     """Lines of the table."""
     if before:
-        yield f'{"":33}before    after'
+        yield f'{"":34}before    after'
     for name, value in after.items():
-        yield f'{name:30}' + (f'{before[name]:9.4f}' if name in before else ' ' * 9) + f'{value:9.4f}'
+        yield f'{name:31}' + (f'{before[name]:9.4f}' if name in before else ' ' * 9) + f'{value:9.4f}'
 
 if read_only:
     step, path, files = checkpoint.get('step', 0), '', {}

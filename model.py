@@ -537,12 +537,12 @@ def optimizer_state(model, optimizers):
     """The state of several torch.optim optimizers by the names of the parameters, full tensors, whichever optimizer has which."""
     names = {p: name for name, p in model.named_parameters()}
     return dict(state={names[p]: {key: whole(names[p], value) for key, value in state.items()} for o in optimizers for p, state in o.state.items()},
-                param_groups=[{**{key: value for key, value in group.items() if key != 'lr'}, 'params': [names[p] for p in group['params']]}  # lr: get_lr's
-                              for o in optimizers for group in o.param_groups])
+                param_groups=[dict(group, params=[names[p] for p in group['params']]) for o in optimizers for group in o.param_groups])
 
 
 def load_optimizer_state(model, optimizers, stored):
-    """Load what optimizer_state returned, without its groups. ValueError if it was another kind of optimizer."""
+    """Load what optimizer_state returned; of its groups the lr alone, which a save before the next update shall repeat. ValueError
+    if it was another kind of optimizer."""
     names = {p: name for name, p in model.named_parameters()}
     if unknown := stored['state'].keys() - names.values():
         raise ValueError(f'its optimizer knows {sorted(map(str, unknown))[:3]}, this model does not')
@@ -555,6 +555,8 @@ def load_optimizer_state(model, optimizers, stored):
         if any(now.keys() != expected for now in state.values()):
             raise ValueError(f'the state of its optimizer is not that of {type(o).__name__}')
         o.load_state_dict(dict(o.state_dict(), state=state))
+    for group, there in zip([group for o in optimizers for group in o.param_groups], stored['param_groups'], strict=False):
+        group['lr'] = float(there['lr'])
 
 
 def sum_gradients(parameters, mesh):

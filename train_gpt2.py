@@ -397,7 +397,7 @@ def load_weights(checkpoint):
 def load_training(checkpoint):
     """Everything else that state_files stored; ValueError if it does not belong to this data."""
     global first_step, first_row
-    load_optimizer_state(raw_model, optimizers, checkpoint['optimizer'])  # the present lr, decay, betas stay
+    load_optimizer_state(raw_model, optimizers, checkpoint['optimizer'])  # the present decay and betas stay
     if checkpoint['scaler']:  # empty if the run had another dtype
         scaler.load_state_dict(checkpoint['scaler'])
     there, here = checkpoint['train_loader_state'], loader_state(0)

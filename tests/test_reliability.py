@@ -1120,3 +1120,14 @@ def test_wandb_that_is_not_installed(bench):
     else:
         prelude = ''
     assert 'wandb' in go(bench, '--wandb_log', prelude=prelude).one_line(2)
+
+
+def test_a_signal_in_the_evaluation_of_the_last_step(bench):
+    """No update follows the resume, and still all of its checkpoint is that of the straight run."""
+    last = 8 * micro(bench, 0)
+    run = start(bench, prelude=hook(bench, f'if kind == "evaluation" and trained == {last}: pause(0.5)'))
+    run.wait_for('HERE')
+    run.kill(signal.SIGTERM)
+    assert run.wait() == [143] and steps(bench)[-1] == 8
+    go(bench, '--auto_resume').ok()
+    same(bench, straight(bench))
