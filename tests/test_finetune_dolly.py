@@ -93,7 +93,8 @@ def test_what_is_too_long_loses_its_context_never_its_response(tmp_path):
 def test_prepared_again_it_is_the_same(tmp_path):
     files = []
     for args in ([], [], ['--seed=1'], ['--shard_size=2000']):
-        assert prepare(tmp_path, *args, rows=[row(i) for i in range(100)])[0] == 0
+        assert prepare(tmp_path, '--val_fraction=0.2', *args, rows=[row(i) for i in range(100)])[0] == 0
+        assert json.loads((tmp_path / 'out/manifest.json').read_text())['rows'] == {name: dict(val=10, train=40) for name in ('closed_qa', 'open_qa')}
         files.append({path.name: path.read_bytes() for path in (tmp_path / 'out').iterdir()})
     assert files[0] == files[1] and files[0]['dolly_val_000000.npz'] != files[2]['dolly_val_000000.npz']
     assert len(files[0]) == 3 and len(files[3]) > 5 and not set(files[3]) - {'manifest.json', *(f'dolly_{s}_{i:06d}.npz' for s in ('val', 'train') for i in range(20))}
