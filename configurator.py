@@ -20,6 +20,7 @@ A user's mistake ends in one line on stderr and exit 2, on every rank, printed b
 """
 import ast
 import difflib
+import errno
 import glob
 import io
 import os
@@ -38,9 +39,14 @@ if hasattr(sys.stdout, 'reconfigure'):
 
 
 def print0(*words):
-    """print, on rank 0 only, at once."""
+    """print, on rank 0 only, at once. The reader of a pipe or the terminal may be gone: that must not cost the run."""
     if master:
-        print(*words, flush=True)
+        try:
+            print(*words, flush=True)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def fail(message, code=2):
@@ -56,7 +62,7 @@ def nearby(path):
     """For a message that `path` is missing: what exists, the same name at any number, in its folder or one beside it."""
     folder, name = os.path.split(os.path.normpath(path))
     found = glob.glob(os.path.join(glob.escape(os.path.dirname(folder)), '*', re.sub('[0-9]+', '*', glob.escape(name))))
-    found = sorted(found, key=lambda other: (os.path.basename(other) == name, other))
+    found = sorted(found, key=lambda other: (os.path.basename(other) == name, difflib.SequenceMatcher(None, os.path.dirname(other), folder).ratio(), other))
     return '; there is ' + ', '.join(found[-3:]) if found else ''
 
 

@@ -357,3 +357,23 @@ def test_another_precision_on_resume(go):
     go('--max_steps=2').ok()
     run = go('--auto_resume', '--dtype=float16', '--max_steps=4', base=[]).ok()
     assert load(run.cwd / 'logs/model_00004.pt')['scaler']['scale'] > 0
+
+
+def test_a_broken_pipe_costs_nothing(tmp_path):
+    """`python train_gpt2.py | tee`, and Ctrl-C reaches tee too: the last whole step is saved all the same."""
+    make_text_data(tmp_path / 'data')
+    process = subprocess.Popen([sys.executable, ROOT / 'train_gpt2.py', *TINY, '--max_steps=100000', '--checkpoint_interval=-1', '--eval_interval=-1'], cwd=tmp_path,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ, OMP_NUM_THREADS='1'))
+    while 'step 3/' not in process.stdout.readline():
+        assert process.poll() is None
+    process.stdout.close()
+    process.terminate()
+    assert process.wait(30) == 143 and process.stderr.read() == ''
+    assert len(list((tmp_path / 'logs').glob('model_0*.pt'))) == 1
+
+
+def test_a_missing_path_names_the_likeliest_first(go, tmp_path):
+    go().ok()
+    for folder in ('zzz', 'logs_finetune', 'x_logs'):
+        shutil.copytree(tmp_path / 'logs', tmp_path / folder)
+    assert go('--eval_only', '--checkpoint_path=log/model_00004.pt', base=[]).one_line().strip().endswith('logs/model_00004.pt')
