@@ -573,7 +573,10 @@ def test_a_hostile_checkpoint_ends_in_one_line(tune, change):
     path = run.cwd / 'logs_finetune/model_00004.pt'
     torch.save({**load(path), **change}, path)
     run = tune('--resume', f'--checkpoint_path={path}', '--max_steps=6', '--log_dir=b')
-    assert run.codes == [2] and len(run.err.splitlines()) == 1 or 'WARNING' in run.out, run.err
+    if run.codes == [0]:  # without its data position it is no checkpoint of finetuning, and its weights are used
+        assert change == dict(train_loader_state=3) and 'holds weights only' in run.out and run.err == ''
+    else:
+        run.one_line()
 
 
 def test_a_signal_does_not_wait_for_the_last_token():
