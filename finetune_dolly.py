@@ -42,7 +42,7 @@ from configurator import configure, fail, master, nearby, print0
 from model import GPT, GPT_SIZES, PEAK_FLOPS, TOKENIZERS, GPTConfig, load_tokenizer, open_shards, printable, shard_rows
 from model import adopt_shape, export_files, find_gpt, fit_weights, load_optimizer_state, make_optimizers, optimizer_state, read_gpt
 from model import bucketed, distinct_2, instruction_prompt, open_rows, padded_length, padded_rows, rouge_l
-from model import generator_states, remove, seed_generators, set_generator_states, total_norm, write_whole
+from model import generator_states, on_cpu, remove, seed_generators, set_generator_states, total_norm, write_whole
 
 # ---- settings ------------------------------------------------------------------------------------------------------
 # i/o
@@ -481,9 +481,10 @@ def rotate():
 
 def save(path):
     """Write the checkpoint of the snapshot, then rotate. Every rank calls it; rank 0 writes."""
-    ranks, problem = [snapshot['rank']] * world_size, ''
+    own = on_cpu(snapshot['rank'])
+    ranks, problem = [own] * world_size, ''
     if ddp:
-        dist.gather_object(snapshot['rank'], ranks if master else None, group=cpu_group)
+        dist.gather_object(own, ranks if master else None, group=cpu_group)
     files = state_files(dict(snapshot['progress'], step=snapshot['step'], top_done=snapshot['top_done'], log_bytes=snapshot['log_bytes'],
                              ranks=ranks, config=dict(config), given=config.typed()))
     if master:

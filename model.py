@@ -850,6 +850,13 @@ def remove(path):
         os.unlink(path)
 
 
+def on_cpu(value):
+    """Nested dicts and lists with every tensor on the CPU."""
+    if isinstance(value, dict):
+        return {name: on_cpu(element) for name, element in value.items()}
+    return [on_cpu(element) for element in value] if isinstance(value, list) else value.cpu() if torch.is_tensor(value) else value
+
+
 def seed_generators(seed, rank, step):
     """Seed this process's generators, all four kinds, from (seed, rank, step): ranks must not drop the same units."""
     words = [int(word) for word in np.random.SeedSequence([seed, rank, step]).generate_state(4)]

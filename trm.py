@@ -8,12 +8,20 @@ after halt_max_steps; then it takes the next puzzle.
 
 Parameter names are those of the public code below `model.inner.`, so that its checkpoints load.
 """
+import json
 import math
-from dataclasses import dataclass
+import os
+import re
+import zlib
+from dataclasses import dataclass, fields
+from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+from model import read_whole
 
 IGNORE = -100  # label of a cell that does not count
 
@@ -37,7 +45,7 @@ class TRMConfig:
     halt_exploration_prob: float = 0.1
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    forward_dtype: str = 'bfloat16'  # of activations; weights are float32
+    forward_dtype: str = 'bfloat16'  # of activations, float32 or bfloat16; weights are float32
     multiple_of: int = 256           # the SwiGLU's width is rounded up to it; smaller for tiny models
 
     @property
@@ -51,11 +59,13 @@ class TRMConfig:
             raise ValueError(f'hidden_size {self.hidden_size} must be num_heads {self.num_heads} times a number, an even one for rope')
         if self.pos_encodings not in ('rope', 'learned', 'none'):
             raise ValueError(f'pos_encodings {self.pos_encodings!r}: expected rope, learned or none')
+        if self.forward_dtype not in ('float32', 'bfloat16'):
+            raise ValueError(f'forward_dtype {self.forward_dtype!r}: expected float32 or bfloat16')
         if self.puzzle_emb_ndim > self.prefix * self.hidden_size:
             raise ValueError(f'puzzle_emb_ndim {self.puzzle_emb_ndim} does not fit into puzzle_emb_len {self.prefix} x hidden_size {self.hidden_size}')
 
 
-def trunc_normal(shape, std, dtype=torch.float32):
+def trunc_normal(shape, std, dtype=None):
     """Normal numbers within two standard deviations, scaled so that what is left has this standard deviation."""
     if std == 0:
         return torch.zeros(shape, dtype=dtype)
@@ -82,9 +92,14 @@ class Embedding(nn.Module):
         self.embedding_weight = nn.Parameter(trunc_normal((n, width), width ** -0.5))
 
 
+def wide(x):
+    """In float32 at least."""
+    return x.float() if x.dtype == torch.bfloat16 else x
+
+
 def rms_norm(x, eps):
     """Without a learned scale; in float32."""
-    y = x.float()
+    y = wide(x)
     return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
@@ -166,7 +181,8 @@ class TRM(nn.Module):
     def __init__(self, config):
         super().__init__()
         config.check()
-        self.config, D, dtype = config, config.hidden_size, getattr(torch, config.forward_dtype)
+        self.config, D = config, config.hidden_size
+        dtype = torch.get_default_dtype() if config.forward_dtype == 'float32' else getattr(torch, config.forward_dtype)  # float32: that of the weights
         self.embed_tokens = Embedding(config.vocab_size, D)
         self.lm_head = Linear(D, config.vocab_size)
         self.q_head = Linear(D, 2, bias=True)  # halt, and continue, which nothing uses any more
@@ -205,7 +221,7 @@ class TRM(nn.Module):
 
         rows: puzzle_emb.rows(carry['puzzle_identifiers']). min_steps (B,): training lets no slot halt before (exploration), None where
         slots never halt early, as in evaluation. Returns (carry, outputs): loss, a sum over the slots that backward takes; sums, a (7,)
-        tensor in the order of METRICS; logits (B, S, V); q_halt_logits (B,)."""
+        tensor in the order of METRICS; scores (B, 3), see act_loss; logits (B, S, V); q_halt_logits (B,)."""
         config, dtype = self.config, self.H_init.dtype
         x = F.embedding(carry['inputs'].long(), self.embed_tokens.embedding_weight.to(dtype))  # (B, S, D)
         if config.puzzle_emb_ndim:
@@ -224,14 +240,21 @@ class TRM(nn.Module):
                     z_L = self.L_level(z_L, z_H + x, rotation)
                 z_H = self.L_level(z_H, z_L, rotation)
         logits = self.lm_head(z_H[:, config.prefix:])
-        q_halt = self.q_head(z_H[:, 0])[:, 0].float()
+        q_halt = wide(self.q_head(z_H[:, 0])[:, 0])
         steps = carry['steps'] + 1
         halted = steps >= config.halt_max_steps
         if min_steps is not None and config.halt_max_steps > 1:
             halted = halted | (q_halt > 0) & (steps >= min_steps)
-        loss, sums = act_loss(logits, q_halt, carry['labels'], halted, steps)
+        loss, sums, scores = act_loss(logits, q_halt, carry['labels'], halted, steps)
         carry = dict(carry, z_H=z_H.detach(), z_L=z_L.detach(), steps=steps, halted=halted)
-        return carry, dict(loss=loss, sums=sums, logits=logits, q_halt_logits=q_halt)
+        return carry, dict(loss=loss, sums=sums, scores=scores, logits=logits, q_halt_logits=q_halt)
+
+    def flops_per_slot(self):
+        """FLOPs of one supervision step of one slot, forward and backward: a product of (m, k) and (k, n) is 2mkn."""
+        config, D, L = self.config, self.config.hidden_size, self.config.prefix + self.config.seq_len
+        mixing = 6 * D * self.L_level.layers[0].mlp_t.down_proj.weight.shape[1] if config.mlp_t else 8 * D * D + 4 * L * D
+        net = L * config.L_layers * (mixing + 6 * D * self.L_level.layers[0].mlp.down_proj.weight.shape[1])
+        return net * (config.L_cycles + 1) * (config.H_cycles - 1 + 3) + 6 * config.seq_len * D * config.vocab_size
 
 
 METRICS = ('count', 'accuracy', 'exact_accuracy', 'q_halt_accuracy', 'steps', 'lm_loss', 'q_halt_loss')
@@ -245,21 +268,23 @@ def symlog(x):
 
 
 def act_loss(logits, q_halt, labels, halted, steps):
-    """(loss, sums): the stablemax cross-entropy, a mean over each slot's cells, and half the cross-entropy of q_halt against "all
-    cells are right", summed over the slots; sums (7,) in the order of METRICS, the first five over slots that halted."""
+    """(loss, sums, scores): the stablemax cross-entropy, a mean over each slot's cells, and half the cross-entropy of q_halt against "all
+    cells are right", summed over the slots; sums (7,) in the order of METRICS, the first five over slots that halted; scores (B, 3), each
+    slot's cross-entropy, share of right cells and whether all are."""
     mask = labels != IGNORE
     cells = mask.sum(1)
     precise = logits.double() if logits.device.type == 'cpu' else logits.float()  # as the public code, bit for bit, where it costs little
     each = F.cross_entropy(symlog(precise).transpose(1, 2), labels.long(), ignore_index=IGNORE, reduction='none')  # (B, S)
-    lm_loss = (each.sum(1) / cells.clamp(min=1)).sum()
+    lm_losses = each.sum(1) / cells.clamp(min=1)
+    lm_loss = lm_losses.sum()
     with torch.no_grad():
         right = mask & (logits.argmax(-1) == labels)
         exact = right.sum(1) == cells
-        counted = halted & (cells > 0)
-        shown = torch.stack((torch.ones_like(q_halt), right.sum(1) / cells.clamp(min=1), exact, (q_halt >= 0) == exact, steps), 1)  # (B, 5)
+        counted, share = halted & (cells > 0), right.sum(1) / cells.clamp(min=1)
+        shown = torch.stack((torch.ones_like(q_halt), share, exact, (q_halt >= 0) == exact, steps), 1)  # (B, 5)
     q_loss = F.binary_cross_entropy_with_logits(q_halt, exact.to(q_halt.dtype), reduction='sum')
     sums = torch.cat((torch.where(counted.unsqueeze(1), shown, 0).sum(0), torch.stack((lm_loss, q_loss)).detach()))
-    return lm_loss + 0.5 * q_loss, sums
+    return lm_loss + 0.5 * q_loss, sums, torch.stack((lm_losses.detach(), share, exact), 1)
 
 
 class AdamATan2(torch.optim.Optimizer):
@@ -297,3 +322,259 @@ def sign_sgd(table, ids, gradients, lr, weight_decay):
     that row). Under torch.distributed, ids and gradients are those of all ranks. Slots of the same puzzle write the same numbers twice."""
     same = (ids.unsqueeze(1) == ids).to(gradients.dtype)
     table[ids] = table[ids] * (1 - lr * weight_decay) - lr * (same @ gradients).sign()
+
+
+# ---- folders of puzzles
+def open_puzzles(folders, split):
+    """The puzzles in {folder}/{split}/ (see write_puzzles in prepare/maze.py) as one list; each folder's identifiers follow those before it.
+
+    Returns seq_len, vocab_size, num_puzzle_identifiers, examples (their number), identifiers (P,), puzzle_indices (P + 1,), group_indices (G + 1,),
+    facts (plain values that a resumed run must find again) and rows(numbers) -> (inputs, labels (n, S) uint8, 0 in a label = does not count;
+    identifiers (n,)). Nothing in the files is trusted: ValueError says which one is wrong, and where."""
+    parts = [_open_part(os.path.join(folder, split)) for folder in folders]
+    for folder, part in zip(folders, parts, strict=True):
+        if (part.seq_len, part.vocab_size) != (parts[0].seq_len, parts[0].vocab_size):
+            raise ValueError(f'{folder}: {part.seq_len} cells and {part.vocab_size} tokens, but {folders[0]} has {parts[0].seq_len} and {parts[0].vocab_size}')
+
+    def joined(name, count):  # numbers that refer to what a part has `count` of
+        before = np.cumsum([0] + [count(part) for part in parts])
+        arrays = [getattr(part, name).astype(np.int64) + n for part, n in zip(parts, before[:-1], strict=True)]
+        return np.concatenate(arrays if name == 'identifiers' else [arrays[0][:1], *(array[1:] for array in arrays)])
+
+    identifiers = joined('identifiers', lambda part: part.num_puzzle_identifiers)
+    puzzle_indices = joined('puzzle_indices', lambda part: len(part.inputs))
+    begins = np.cumsum([0] + [len(part.inputs) for part in parts])
+
+    def rows(numbers):
+        numbers = np.asarray(numbers)
+        inputs, labels = np.empty((2, len(numbers), parts[0].seq_len), np.uint8)
+        for part, begin, end in zip(parts, begins[:-1], begins[1:], strict=True):
+            here = np.flatnonzero((numbers >= begin) & (numbers < end))
+            inputs[here], labels[here] = part.inputs[numbers[here] - begin], part.labels[numbers[here] - begin]
+        return inputs, labels, identifiers[np.searchsorted(puzzle_indices, numbers, 'right') - 1]
+
+    return SimpleNamespace(seq_len=parts[0].seq_len, vocab_size=parts[0].vocab_size, num_puzzle_identifiers=sum(p.num_puzzle_identifiers for p in parts),
+                           examples=int(begins[-1]), identifiers=identifiers, puzzle_indices=puzzle_indices,
+                           group_indices=joined('group_indices', lambda part: len(part.identifiers)), facts=[part.facts for part in parts], rows=rows)
+
+
+def read_json(path):
+    try:
+        with open(path, encoding='utf-8') as file:
+            return json.load(file)
+    except OSError as error:
+        raise ValueError(f'{path}: {error.strerror or error}') from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f'{path} is no JSON: {error}') from None
+
+
+def _open_part(folder):
+    path = os.path.join(folder, 'dataset.json')
+    facts = read_json(path)
+    wanted = ('vocab_size', 'seq_len', 'num_puzzle_identifiers')
+    if not isinstance(facts, dict) or any(type(facts.get(name)) is not int or not 1 <= facts[name] < 2 ** 31 for name in wanted) or facts['vocab_size'] > 256:
+        raise ValueError(f'{path}: expected positive whole numbers {", ".join(wanted)}, of tokens at most 256')
+    if any(facts.get(name, 0) != 0 for name in ('pad_id', 'ignore_label_id', 'blank_identifier_id')) or facts.get('sets', ['all']) != ['all']:
+        raise ValueError(f"{path}: expected pad_id, ignore_label_id and blank_identifier_id 0, and sets ['all']")
+    part = SimpleNamespace(**{name: facts[name] for name in wanted})
+    for name in ('inputs', 'labels', 'puzzle_identifiers', 'puzzle_indices', 'group_indices'):
+        path = os.path.join(folder, f'all__{name}.npy')
+        try:
+            array = np.load(path, mmap_mode='r', allow_pickle=False)
+        except OSError as error:
+            raise ValueError(f'{path}: {error.strerror or error}') from None
+        except Exception as error:  # truncated, of objects, no array; a hostile header can provoke any of them
+            raise ValueError(f'{path} cannot be read: {" ".join(str(error).split())[:200]}') from None
+        if array.dtype.kind not in 'iu' or array.ndim != (2 if name in ('inputs', 'labels') else 1):
+            raise ValueError(f'{path}: {array.ndim} dimensions of {array.dtype}, expected whole numbers')
+        if array.ndim == 2:
+            if array.shape[1] != part.seq_len or array.shape != getattr(part, 'inputs', array).shape:
+                raise ValueError(f'{path}: shape {array.shape}, but dataset.json says seq_len {part.seq_len}' + (
+                    f' and the inputs have {part.inputs.shape}' if name == 'labels' else ''))
+            for begin in range(0, len(array), 65536):
+                wrong = np.argwhere((array[begin:begin + 65536] >= part.vocab_size) | (array[begin:begin + 65536] < 0))
+                if len(wrong):
+                    row, cell = int(wrong[0][0]) + begin, int(wrong[0][1])
+                    raise ValueError(f'{path}: token {array[row, cell]} in row {row}, cell {cell}, but vocab_size is {part.vocab_size}')
+        setattr(part, name.removeprefix('puzzle_') if name == 'puzzle_identifiers' else name, array)
+    known = part.num_puzzle_identifiers
+    wrong = np.flatnonzero((part.identifiers < 0) | (part.identifiers >= known))
+    if len(wrong):
+        raise ValueError(f'{folder}/all__puzzle_identifiers.npy: {part.identifiers[wrong[0]]} at {wrong[0]}, but num_puzzle_identifiers is {known}')
+    for name, count in (('puzzle_indices', len(part.inputs)), ('group_indices', len(part.identifiers))):
+        array = np.asarray(getattr(part, name), np.int64)
+        if len(array) < 2 or array[0] != 0 or array[-1] != count or (np.diff(array) <= 0).any():
+            raise ValueError(f'{folder}/all__{name}.npy: expected offsets that rise from 0 to {count}')
+    if len(part.puzzle_indices) != len(part.identifiers) + 1:
+        raise ValueError(f'{folder}/all__puzzle_indices.npy: {len(part.puzzle_indices)} offsets of {len(part.identifiers)} puzzles, expected one more')
+    sample = np.linspace(0, len(part.inputs) - 1, 100).astype(int)
+    arrays = (part.identifiers, part.puzzle_indices, part.group_indices, part.inputs[sample], part.labels[sample])
+    part.facts = dict(examples=len(part.inputs), puzzles=len(part.identifiers), groups=len(part.group_indices) - 1, identifiers=known,
+                      crc=[zlib.crc32(np.ascontiguousarray(array).tobytes()) for array in arrays])
+    return part
+
+
+# ---- checkpoints of others
+SHAPE = ('hidden_size', 'num_heads', 'expansion', 'multiple_of', 'L_layers', 'mlp_t', 'pos_encodings', 'puzzle_emb_ndim', 'puzzle_emb_len')
+RECURSION = ('H_cycles', 'L_cycles', 'halt_max_steps', 'halt_exploration_prob')  # a loaded model may be run with others
+
+
+def read_trm(path):
+    """{'model': state dict of TRM, 'config': what is known of its shape} from a checkpoint of this repository (its EMA, if it has one) or of the
+    public code: a state dict, the prefixes of torch.compile and of its classes taken off, and the `arch:` lines of all_config.yaml
+    beside it. FileNotFoundError; ValueError if it is neither."""
+    found = read_whole(path)
+    if not isinstance(found, dict) or not isinstance(found.get('model', found), dict):
+        raise ValueError('it holds no weights')
+    weights = dict(found.get('model', found), **(found['ema'] if isinstance(found.get('ema'), dict) else {}))
+    weights = {re.sub(r'(_orig_mod|model|inner)\.', '', str(name)): tensor for name, tensor in weights.items()}
+    embedding = weights.get('embed_tokens.embedding_weight')
+    if any(not torch.is_tensor(t) or not t.is_floating_point() or t.dim() not in (1, 2) for t in weights.values()) or embedding is None or embedding.dim() != 2:
+        raise ValueError('its entries are not those of a Tiny Recursive Model')
+    config = found['config'] if isinstance(found.get('config'), dict) else _arch_of(os.path.join(os.path.dirname(path), 'all_config.yaml'))
+    kinds = {field.name: field.type for field in fields(TRMConfig)}
+    config = {name: float(value) if kinds[name] is float and type(value) is int else value for name, value in config.items() if name in SHAPE + RECURSION}
+    for name, value in config.items():
+        if type(value) is not kinds[name]:
+            raise ValueError(f'its {name} is {value!r}')
+    config.update(hidden_size=embedding.shape[1], mlp_t=any('.mlp_t.' in name for name in weights),
+                  L_layers=len({match[1] for match in map(re.compile(r'L_level\.layers\.(\d+)\.').match, weights) if match}),
+                  puzzle_emb_ndim=weights['puzzle_emb.weights'].shape[-1] if 'puzzle_emb.weights' in weights else 0)
+    if 'embed_pos.embedding_weight' in weights:
+        config['pos_encodings'] = 'learned'
+    if config['mlp_t']:
+        config.setdefault('pos_encodings', 'none')
+    return dict(model=weights, config=config)
+
+
+def _arch_of(path):
+    """The plain values below `arch:` in a file that the public code wrote; {} without one."""
+    if not os.path.isfile(path):
+        return {}
+    with open(path, encoding='utf-8', errors='replace') as file:
+        text = file.read()
+    values = {}
+    for name, value in re.findall(r'^  (\w+): *([^\s#].*?) *$', (re.findall(r'^arch:\n((?:[ \t]+.*\n?|\n)*)', text, re.MULTILINE) or [''])[0], re.MULTILINE):
+        number = re.fullmatch(r'[-+]?\d+', value) and int or re.fullmatch(r'[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?', value) and float
+        values[name] = number(value) if number else {'true': True, 'false': False}.get(value.lower(), value.strip('\'"'))
+    return values
+
+
+def adopt_trm(config, shape, where):
+    """Make the shape that read_trm found that of the settings (a Config), as if it had been typed. ValueError if something else was typed, or if nobody
+    says what the weights do not tell; how often and how long the model recurs may be typed anew."""
+    for name in SHAPE:
+        if name in shape and name in config.given and config[name] != shape[name]:
+            raise ValueError(f'--{name}={config[name]} is not that of {where}: {shape[name]}')
+    needed = [name for name in ('num_heads', 'pos_encodings', 'puzzle_emb_len') if name not in shape and name not in config.given]
+    needed = [name for name in needed if name == 'puzzle_emb_len' or not shape['mlp_t']]  # these mean nothing without attention
+    if needed:
+        raise ValueError(f'{where} does not tell its {needed[0]}, and no all_config.yaml beside it does: add --{needed[0]}')
+    config.restore(shape, where)
+
+
+def fit_trm(weights, config):
+    """(weights for a TRM of this TRMConfig, what was changed to that end, a list of sentences).
+
+    Another vocabulary: the rows of the tokens that both have stay, new ones are the mean. Another number of puzzles: every vector of the table is
+    the mean of the old ones, as in the public code, since nothing says which puzzle is which. ValueError if something else differs."""
+    with torch.device('meta'):
+        wanted = {name: tensor.shape for name, tensor in TRM(config).state_dict().items()}
+    if wanted.keys() != weights.keys():
+        raise ValueError(f'the weights differ from the model in {sorted(wanted.keys() ^ weights.keys())[:4]}')
+    weights, changes = dict(weights), []
+    for name, shape in wanted.items():
+        old = weights[name]
+        if old.shape == shape:
+            continue
+        if config.mlp_t and '.mlp_t.' in name:
+            raise ValueError(f'{name} is {tuple(old.shape)}, here {tuple(shape)}: a model with mlp_t is bound to its number of cells')
+        if name not in ('puzzle_emb.weights', 'embed_tokens.embedding_weight', 'lm_head.weight') or old.shape[1:] != shape[1:]:
+            raise ValueError(f'{name} is {tuple(old.shape)}, here {tuple(shape)}')
+        new = old.mean(0, keepdim=True).repeat(shape[0], 1)
+        if name != 'puzzle_emb.weights':
+            new[:len(old)] = old[:shape[0]]
+        weights[name] = new
+        changes.append(f'{name}: {len(old)} -> {shape[0]} rows, ' + ('each the mean of the old ones' if name == 'puzzle_emb.weights' else
+                                                                      f'{min(len(old), shape[0])} of them kept'))
+    return weights, changes
+
+
+# ---- what a person sees
+ARC_COLOURS = (16, 27, 160, 34, 220, 245, 199, 208, 117, 88)  # of a terminal with 256
+
+
+def drawn(inputs, cells, labels, vocab_size):
+    """Lines that show a puzzle (S,) of a square grid on a terminal: mazes (6 tokens) and digits as characters, ARC (12 tokens, 30 x 30) as colours; what was
+    filled in is bold, what is wrong stands on red, or is marked with ><."""
+    side = math.isqrt(len(cells))
+    if side * side != len(cells):
+        return [' '.join(map(str, cells))]
+    arc, lines = vocab_size == 12 and side == 30, []
+    letters = '?# SGo' if vocab_size == 6 else '?.' + '123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ'
+    for r in range(side):
+        line = ''
+        for i in range(r * side, r * side + side):
+            wrong = labels[i] != 0 and cells[i] != labels[i]
+            if arc:
+                known = bool(2 <= cells[i] <= 11)
+                line += f'\033[48;5;{ARC_COLOURS[cells[i] - 2]}m' * known + ('><' if wrong else '  ') + '\033[0m' * known
+            else:
+                letter = letters[cells[i]] if cells[i] < len(letters) else '?'
+                style = '41' if wrong else '1' if cells[i] != inputs[i] else ''
+                line += (f'\033[{style}m{letter}\033[0m' if style else letter) + ' ' * (vocab_size != 6)
+        if not arc or labels[r * side:r * side + side].any() or '><' in line:
+            lines.append(line)
+    return lines
+
+
+# ---- ARC: one answer out of the answers to all copies of a task
+PASS_AT = (1, 2, 5, 10, 100, 1000)
+
+
+def arc_grid(tokens):
+    """The grid (rows, columns) uint8 of colours in (900,) tokens: the largest rectangle from the upper left corner that holds nothing but colours."""
+    board = np.asarray(tokens).reshape(30, 30)
+    width = np.minimum.accumulate(np.cumprod((board >= 2) & (board <= 11), 1).sum(1))
+    rows = int((width * np.arange(1, 31)).argmax()) + 1
+    return (board[:rows, :width[rows - 1]] - 2).astype(np.uint8) if width[rows - 1] else np.zeros((0, 0), np.uint8)
+
+
+def arc_undone(identifier, grid):
+    """(the task's name, the grid as it is in the task itself) of a grid in a copy, see prepare/arc.py."""
+    name, *how = identifier.split('|||')
+    if not how:
+        return name, grid
+    turn, colours = int(how[-2][1:]), np.argsort([int(digit) for digit in how[-1]]).astype(np.uint8)
+    turn = (0, 3, 2, 1, 4, 5, 6, 7)[turn]  # the way back; as dihedral in prepare/maze.py
+    turned = np.rot90(grid, turn) if turn < 4 else (grid[:, ::-1], grid[::-1], grid.T, np.rot90(grid)[:, ::-1])[turn - 4]
+    return name, colours[turned]
+
+
+def grid_key(grid):
+    return bytes(grid.shape) + np.asarray(grid, np.uint8).tobytes()
+
+
+def arc_vote(votes, identifier, inputs, cells, q_halt):
+    """Add an answer, both as (900,) tokens, to votes: {(task, input): {answer: [number of votes, sum of their sigmoid(q_halt)]}}."""
+    name, question = arc_undone(identifier, arc_grid(inputs))
+    vote = votes.setdefault((name, grid_key(question)), {}).setdefault(grid_key(arc_undone(identifier, arc_grid(cells))[1]), [0, 0.0])
+    vote[0] += 1
+    vote[1] += 1 / (1 + math.exp(-max(-700.0, q_halt)))
+
+
+def arc_result(votes, tasks):
+    """({'pass@1': share of the tests that are right within so many answers, a task's tests sharing its weight, ...}, submission for Kaggle) of the
+    votes on these tasks ({name: {'test': [{'input', 'output'}, ...]}}): most votes first, then the highest mean q."""
+    right, submission = dict.fromkeys(PASS_AT, 0.0), {}
+    for name, task in tasks.items():
+        submission[name] = []
+        for pair in task['test']:
+            found = votes.get((name, grid_key(np.array(pair['input']))), {})
+            ranked = sorted(found, key=lambda key: (found[key][0], found[key][1] / found[key][0]), reverse=True)
+            answer = grid_key(np.array(pair['output']))
+            for k in PASS_AT:
+                right[k] += (answer in ranked[:k]) / len(task['test'])
+            grids = [np.frombuffer(key[2:], np.uint8).reshape(key[0], key[1]).tolist() for key in ranked[:2]] or [[[0]]]
+            submission[name].append({'attempt_1': grids[0], 'attempt_2': grids[-1]})
+    return {f'pass@{k}': count / len(tasks) for k, count in right.items()}, submission

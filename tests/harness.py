@@ -238,6 +238,29 @@ def make_rows_data(folder, rows=100, seed=0, longest=14, eot=256):
     return folder
 
 
+def make_puzzle_data(folder, groups=4, cells=9, vocab_size=5, tests=6, seed=0):
+    """A folder of puzzles as the scripts in prepare/ write them: two puzzles a group, of one and of three examples, each with an identifier of its own; in
+    an answer every cell is the next token, but for one that does not count."""
+    import numpy as np
+    rng = np.random.default_rng(seed)
+    for split, G in (('train', groups), ('test', tests)):
+        sizes = np.tile([1, 3], G) if split == 'train' else np.ones(G, int)
+        N, P = sizes.sum(), len(sizes)
+        inputs = rng.integers(1, vocab_size, (N, cells)).astype(np.uint8)
+        labels = (inputs % (vocab_size - 1) + 1).astype(np.uint8)
+        labels[:, 0] = 0
+        arrays = dict(inputs=inputs, labels=labels, puzzle_identifiers=1 + np.arange(P) % (2 * groups), puzzle_indices=np.cumsum([0, *sizes]),
+                      group_indices=np.arange(G + 1) * (P // G))
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        for name, array in arrays.items():
+            np.save(folder / split / f'all__{name}.npy', array if array.ndim == 2 else array.astype(np.int32))
+        (folder / split / 'dataset.json').write_text(json.dumps(dict(
+            pad_id=0, ignore_label_id=0, blank_identifier_id=0, vocab_size=vocab_size, seq_len=cells, num_puzzle_identifiers=1 + 2 * groups, total_groups=G,
+            mean_puzzle_examples=N / P, total_puzzles=P, sets=['all'])))
+    (folder / 'identifiers.json').write_text(json.dumps(['<blank>', *map(str, range(2 * groups))]))
+    return folder
+
+
 def serve_run(request):
     """The script, in the child; ends the process as the interpreter would, but without taking torch apart (half a second)."""
     code = 0

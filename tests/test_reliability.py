@@ -20,7 +20,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from harness import KILL_AT, ROOT, VOLATILE, clean_log, differences, load, make_rows_data, make_text_data
+from harness import KILL_AT, ROOT, VOLATILE, clean_log, differences, load, make_puzzle_data, make_rows_data, make_text_data
 
 # script      its file name
 # args        tiny settings: 8 steps, evaluation and checkpoint every 2, a sample every 4, dropout, 3 steps a log line
@@ -37,7 +37,12 @@ from harness import KILL_AT, ROOT, VOLATILE, clean_log, differences, load, make_
 # foreign     turns a copy of the data into one of GPT-2's tokens, whose tokenizer is not here
 # lenient     a typed checkpoint that is missing is a warning: the run begins anew
 # at_start    evaluates at step 0 whatever the interval
-# rows_alone  the order of the rows does not depend on batch_size
+# ways        (ranks, `slicing`) that must give the same training, in float32 and in float64; all of the first, the reference, on one rank
+# slicing     the setting that says how large a micro-step is
+# seen        what a micro-step is trained on, out of the arguments of forward
+# loss        before and after code that works on the loss as `result`, where forward returns more
+# decays      the weight decays in the optimizer when 0.3 is typed
+# draws       each step draws from torch's generator
 # without     settings of this file that the script does not have; tests that need one skip, the others leave it out
 CASES = dict(
     train_gpt2=dict(
@@ -60,7 +65,12 @@ CASES = dict(
         foreign=lambda folder: (folder / 'manifest.json').unlink(),
         lenient=False,
         at_start=False,
-        rows_alone=True,
+        ways=dict(float32=[(0, 2), (1, 2), (2, 2), (4, 2), (2, 4), (0, 4), (0, 8)], float64=[(0, 2), (2, 2), (4, 2), (0, 8)]),
+        slicing='batch_size',
+        seen='args[1]',
+        loss=('', ''),
+        decays=[0, 0.3],
+        draws=True,
         without=(),
     ),
     finetune_dolly=dict(
@@ -83,8 +93,42 @@ CASES = dict(
         foreign=lambda folder: make_rows_data(folder, eot=50256),
         lenient=True,
         at_start=True,
-        rows_alone=False,
+        ways=dict.fromkeys(('float32', 'float64'), [(0, 2), (1, 2), (2, 2), (4, 2), (3, 2)]),  # three share out four micro-batches
+        slicing='batch_size',
+        seen='args[1]',
+        loss=('', ''),
+        decays=[0, 0.3],
+        draws=True,
         without=('total_batch_size', 'val_tokens'),
+    ),
+    pretrain_trm=dict(
+        script='pretrain_trm.py',
+        args=dict(data_root='data', hidden_size=32, num_heads=2, multiple_of=16, L_layers=1, H_cycles=2, L_cycles=1, pos_encodings='rope', puzzle_emb_len=1,
+                  halt_max_steps=3, halt_exploration_prob=0.5, global_batch_size=8, grad_accumulation_steps=4, max_steps=8, warmup_steps=2, max_lr=1e-2,
+                  ema=True, ema_rate=0.5, eval_interval=2, checkpoint_interval=2, checkpoint_every_eval=False, log_interval=3),
+        micro_steps=4,
+        folder='log_dir',
+        log='log.txt',
+        data=make_puzzle_data,
+        few=lambda folder: make_puzzle_data(folder, groups=3),
+        name=lambda step: f'step_{step}',
+        model='trm.TRM',
+        sampler='',
+        change=lambda folder: make_puzzle_data(folder, seed=1),
+        shape=dict(hidden_size=64, L_layers=2, num_heads=4, global_batch_size=16),
+        eval_json={'step', 'val_loss', 'checkpoint', 'data_paths', 'cell_accuracy', 'exact_accuracy', 'halting_steps', 'cell_accuracy_by_step',
+                   'exact_accuracy_by_step', 'examples'},
+        names=dict(data_root='data_paths', max_lr='lr', warmup_steps='lr_warmup_steps'),
+        foreign=lambda folder: None,
+        lenient=False,
+        at_start=False,
+        ways=dict(float32=[(0, 4), (1, 4), (2, 4), (4, 4), (0, 1), (2, 1), (0, 8)], float64=[(0, 1), (0, 4), (2, 4), (4, 1)]),
+        slicing='grad_accumulation_steps',
+        seen="args[1]['inputs']",
+        loss=("carry, outputs = result; result = outputs['loss']", "outputs['loss'] = result; result = carry, outputs"),
+        decays=[0.3],
+        draws=False,
+        without=('total_batch_size', 'val_tokens', 'dropout', 'batch_size', 'generate_interval', 'max_new_tokens'),
     ),
 )
 
@@ -224,7 +268,8 @@ def hook(bench, body):
     """Prelude that runs `body` after each call of the model's forward and sampler. Names that it can use: kind ('training',
     'evaluation' or 'sampling'), trained (calls in training so far, this one too), args and result, which it can replace."""
     module, name = bench.case.model.rsplit('.', 1)
-    body = '\n'.join('    ' + line for line in body.strip().splitlines())
+    before, after = bench.case.loss
+    body = '\n'.join('    ' + line for line in [before, *body.strip().splitlines(), after] if line)
     return f"""
 import importlib, json, math, os, signal, sys, time, torch
 owner = getattr(importlib.import_module({module!r}), {name!r})
@@ -343,7 +388,7 @@ def test_killed_at_each_operation_of_a_save(bench):
 def test_a_save_is_on_the_disk_before_it_has_its_name_and_before_an_old_one_goes(bench):
     """kill -9 cannot show a missing fsync, a power cut would: so the order of operations is read."""
     done = operations(bench, keep_last_n_checkpoints=2)
-    renamed = [i for i, operation in enumerate(done) if operation.startswith(('replace:', 'rename:')) and not operation.endswith('config.py')]
+    renamed = [i for i, operation in enumerate(done) if operation.startswith(('replace:', 'rename:')) and not operation.endswith(('config.py', '.yaml'))]
     removed = [i for i, operation in enumerate(done) if operation.startswith(('unlink:', 'remove:')) and not operation.endswith('.tmp')]
     assert len(renamed) == 4 + 5 and len(removed) == 2  # five evaluations, each the best, and four checkpoints
     for i in renamed:
@@ -373,16 +418,17 @@ def test_contents(bench, ranks):
     printed = losses(folder, 'val loss')
     assert contents[6]['val_loss'] == pytest.approx(printed[6], abs=1e-4) and printed[6] != printed[8]
     assert contents['best']['best_val_loss'] == pytest.approx(min(printed.values()), abs=1e-4)
-    assert not torch.equal(contents[2]['ranks'][0]['rng']['torch'], contents[4]['ranks'][0]['rng']['torch'])
+    assert torch.equal(contents[2]['ranks'][0]['rng']['torch'], contents[4]['ranks'][0]['rng']['torch']) != bench.case.draws
     for generator in ('numpy', 'python'):  # nobody draws from them yet: seeded once, the same ever after
         assert differences(contents[2]['ranks'][0]['rng'][generator], contents[8]['ranks'][0]['rng'][generator]) == []
 
 
 # ---- 4. data order ------------------------------------------------------------------------------------------------
-RECORD = """
+def record(bench):
+    return f"""
 if kind == 'training':
-    with open(f'seen{rank}', 'a') as file:
-        file.write(json.dumps(args[1].tolist()) + '\\n')
+    with open(f'seen{{rank}}', 'a') as file:
+        file.write(json.dumps({bench.case.seen}.tolist()) + '\\n')
 """
 
 
@@ -420,12 +466,12 @@ def test_generators_of_new_ranks_depend_on_seed_rank_and_step_alone(bench):
 def test_changed_total_batch_size_continues_at_the_right_row(bench):
     if 'total_batch_size' in bench.case.without:
         pytest.skip('has no total_batch_size')
-    go(bench, out='whole', prelude=hook(bench, RECORD)).ok()
+    go(bench, out='whole', prelude=hook(bench, record(bench))).ok()
     rows = seen(bench)
     stopped(bench, 4)
     for size, steps_done in ((64, 6), (256, 8)):
         stop = '    if trained > 4: signal.raise_signal(signal.SIGTERM)' if steps_done == 6 else ''
-        go(bench, '--auto_resume', total_batch_size=size, prelude=hook(bench, RECORD + stop))
+        go(bench, '--auto_resume', total_batch_size=size, prelude=hook(bench, record(bench) + stop))
         assert steps(bench)[-1] == steps_done
     # 4 steps of 8 rows, 2 of 4 (and the micro-step in which the run was told to stop, done again), 2 of 16
     assert seen(bench) == rows[32:40] + rows[40:42] + rows[40:] + rows_of_epoch_after(bench, 72)
@@ -433,7 +479,7 @@ def test_changed_total_batch_size_continues_at_the_right_row(bench):
 
 def rows_of_epoch_after(bench, row):
     """Rows 64 .. row-1 of the data order: what a longer run sees next."""
-    go(bench, out='longer', max_steps=row // 8, prelude=hook(bench, RECORD)).ok()
+    go(bench, out='longer', max_steps=row // 8, prelude=hook(bench, record(bench))).ok()
     return seen(bench)[64:]
 
 
@@ -471,7 +517,7 @@ def test_rotation_beyond_five_digits(bench):
 def test_rotation_leaves_foreign_files_alone_and_cleans_up_after_a_killed_save(bench):
     folder = stopped(bench, 4)
     third = bench.case.name(3)
-    foreign = [bench.case.name(500).replace('00500', '500'), 'notes.txt', bench.case.name(2) + '.bak', 'x' + third, third + 'x', 'mine.tmp']
+    foreign = [bench.case.name(500).replace('500', '0500'), 'notes.txt', bench.case.name(2) + '.bak', 'x' + third, third + 'x', 'mine.tmp']
     assert foreign[0] != bench.case.name(500)
     for name in foreign:
         (folder / name).write_text('mine')
@@ -682,7 +728,8 @@ def test_an_evaluation_by_path_writes_beside_its_checkpoint(bench):
 
 @pytest.mark.parametrize('form', ['{"model": weights}', 'weights'])
 def test_a_file_of_weights_alone(bench, form):
-    weights = load(checkpoint(bench, 8, straight(bench)))['model']
+    stored = load(checkpoint(bench, 8, straight(bench)))
+    weights = dict(stored['model'], **stored.get('ema', {}))
     torch.save({'model': weights} if 'model' in form else weights, bench.cwd / 'weights.pt')
     run = go(bench, '--resume', '--checkpoint_path=weights.pt').ok()
     assert re.search('WARNING.*weights', run.out)
@@ -703,7 +750,7 @@ def test_the_command_line_beats_the_stored_settings(bench):
     for step in (6, 8):
         content = load(checkpoint(bench, step))
         groups = content['optimizer']['param_groups']
-        assert sorted({group['weight_decay'] for group in groups}) == [0, 0.3]
+        assert sorted({group['weight_decay'] for group in groups}) == bench.case.decays
         assert {tuple(group['betas']) for group in groups} == {(0.8, 0.9)}
         assert all(content['config'][bench.case.names.get(name, name)] == value for name, value in changes.items())
     assert groups[0]['lr'] <= 2e-3
@@ -906,22 +953,18 @@ def farthest(a, b):
     return max((distance(name), name) for name in a)
 
 
-@pytest.mark.parametrize('dtype, near, ways', [
-    ('float32', 1e-5, [(0, 2), (1, 2), (2, 2), (4, 2), (2, 4), (0, 4), (0, 8)]),
-    ('float64', 1e-6, [(0, 2), (2, 2), (4, 2), (0, 8)]),
-])
-def test_ranks_and_micro_batches_do_not_change_the_training(bench, dtype, near, ways):
-    record, found = f'import torch; torch.set_default_dtype(torch.{dtype})\n' + hook(bench, RECORD), []
-    ways = ways if bench.case.rows_alone else [(0, 2), (1, 2), (2, 2), (4, 2), (3, 2)]  # three share out four micro-batches
-    for ranks, batch_size in ways:
-        out = f'ranks{ranks}batch{batch_size}'
-        run = go(bench, out=out, ranks=ranks, batch_size=batch_size, dropout=0, log_interval=1, checkpoint_interval=1,
-                 keep_last_n_checkpoints=0, prelude=record).ok()
+@pytest.mark.parametrize('dtype, near', [('float32', 1e-5), ('float64', 1e-6)])
+def test_ranks_and_micro_batches_do_not_change_the_training(bench, dtype, near):
+    prelude, found = f'import torch; torch.set_default_dtype(torch.{dtype})\n' + hook(bench, record(bench)), []
+    for ranks, size in bench.case.ways[dtype]:
+        out = f'ranks{ranks}size{size}'
+        run = go(bench, out=out, ranks=ranks, dropout=0, log_interval=1, checkpoint_interval=1, keep_last_n_checkpoints=0, prelude=prelude,
+                 **{bench.case.slicing: size}).ok()
         weights = load(checkpoint(bench, 8, out))['model']
         assert all(tensor.dtype == getattr(torch, dtype) for tensor in weights.values()), run.out
         state = load(checkpoint(bench, 1, out))['optimizer']['state']  # Adam's first moment is a tenth of the first gradient
-        gradients = {name: state[name]['exp_avg'] for name in weights}
-        assert all(gradients[name].shape == weights[name].shape for name in weights)
+        gradients = {name: state[name]['exp_avg'] for name in weights if name in state}  # buffers have none
+        assert len(gradients) > 5 and all(gradients[name].shape == weights[name].shape for name in gradients)
         found.append((losses(bench.cwd / out), losses(bench.cwd / out, 'val loss'), gradients, weights, seen(bench, max(1, ranks))))
         for kind, rounding in ((0, 1.1e-6), (1, 1.1e-4)):  # as printed
             assert found[-1][kind] == pytest.approx(found[0][kind], rel=1e-6, abs=rounding), out
@@ -1024,7 +1067,7 @@ def test_nothing_touches_the_network(bench):
     common = dict(prelude=NO_NETWORK, env=dict(TIKTOKEN_CACHE_DIR=str(bench.cwd / 'none')))
     go(bench, **common).ok()
     same(bench, straight(bench))
-    for verb in ('--eval_only', '--generate=He', '--auto_resume'):
+    for verb in ('--eval_only', '--auto_resume', *(['--generate=He'] if bench.case.sampler else [])):
         go(bench, verb, **common).ok()
     go(bench, out='two', ranks=2, **common).ok()
     if bench.case.sampler:

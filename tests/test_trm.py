@@ -132,7 +132,7 @@ def test_metrics_by_hand():
     for b, row in enumerate([[1, 2, 3], [1, 0, 0], [0, 0, 0], [4, 4, 4]]):
         logits[b, range(3), row] = 2.0
     q, halted, steps = torch.tensor([1.0, 1.0, -1.0, 2.0]), torch.tensor([True, True, True, False]), torch.tensor([2, 3, 1, 1])
-    loss, sums = act_loss(logits, q, labels, halted, steps)
+    loss, sums, _ = act_loss(logits, q, labels, halted, steps)
     sums = dict(zip(METRICS, sums.tolist(), strict=True))
     assert sums['count'] == 2 and sums['accuracy'] == 1.5 and sums['exact_accuracy'] == 1 and sums['q_halt_accuracy'] == 1 and sums['steps'] == 5
     right, wrong = -math.log(3 / 7), -math.log(1 / 7)  # s = 3, 1, 1, 1, 1

@@ -1,0 +1,841 @@
+"""Tiny Recursive Models (Jolicoeur-Martineau 2025) on Sudoku, mazes and ARC-AGI: a network of 5 to 7M parameters that improves its answer again and again.
+
+What to expect: README.md has the measured table (puzzles, hardware, exact accuracy, time).
+
+Laptop CPU, no download (4 x 4 Sudoku, two minutes):
+    python prepare/sudoku.py --generate --size=4 --output_dir=data/sudoku4
+    python pretrain_trm.py --preset=tiny --data_paths=data/sudoku4
+One GPU (Sudoku-Extreme from prepare/sudoku.py):
+    python pretrain_trm.py arch=trm data_paths="[data/sudoku-extreme-1k-aug-1000]" evaluators="[]" epochs=50000 eval_interval=5000 lr=1e-4 puzzle_emb_lr=1e-4 \
+        weight_decay=1.0 puzzle_emb_weight_decay=1.0 arch.mlp_t=True arch.pos_encodings=none arch.L_layers=2 arch.H_cycles=3 arch.L_cycles=6 \
+        +run_name=pretrain_mlp_t_sudoku ema=True --dtype=bfloat16 --compile --eval_examples=8192
+Four GPUs, ARC-AGI-1:
+    torchrun --nproc-per-node 4 --rdzv_backend=c10d --rdzv_endpoint=localhost:0 --nnodes=1 pretrain_trm.py arch=trm data_paths="[data/arc1concept-aug-1000]" \
+        arch.L_layers=2 arch.H_cycles=3 arch.L_cycles=4 +run_name=pretrain_att_arc1concept_4 ema=True --dtype=bfloat16 --compile
+Two nodes (on the second one --node_rank=1; both must see checkpoints/):
+    torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=192.168.1.1 --master_port=29500 pretrain_trm.py +run_name=x --dtype=bfloat16 --compile
+Interrupted, by whatever and at whatever moment:
+    python pretrain_trm.py --auto_resume            (the newest run of these data; or name it: +run_name=x)
+"""
+import copy
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
+
+from configurator import LAUNCH, configure, fail, master, nearby, print0
+from model import PEAK_FLOPS, load_optimizer_state, optimizer_state, read_whole, total_norm
+from model import generator_states, on_cpu, remove, seed_generators, set_generator_states, write_whole
+from trm import IGNORE, METRICS, RECURSION, SHAPE, TRM, AdamATan2, TRMConfig, adopt_trm, arc_result, arc_vote, drawn, fit_trm, open_puzzles, read_json, read_trm, sign_sgd
+
+# ---- settings ------------------------------------------------------------------------------------------------------
+# i/o
+project_name = ''                # folder in checkpoints/, and the project in wandb; '' = the first data folder's name and -ACT-torch
+run_name = ''                    # folder in checkpoints/{project_name}/; '' = date and time, for --auto_resume and --eval_only the newest
+log_dir = ''                     # folder of this run: checkpoints, log.txt, config.py; '' = checkpoints/{project_name}/{run_name}
+save_config = True               # write config.py, the settings file that repeats this run
+# data
+data_paths = ['data/arc1concept-aug-1000']  # folders of puzzles (see prepare/)
+num_workers = 2                  # batches that a background thread prepares ahead; 0 = none
+global_batch_size = 768          # puzzles at work at the same time (slots), over all ranks
+grad_accumulation_steps = 1      # slices of the slots that go one after another, over all ranks: more ranks take fewer each
+# model
+preset = 'trm'                   # trm | tiny; tiny fills in a small model and what goes with it, for a laptop
+arch = 'trm'                     # the only one there is
+load_checkpoint = ''             # begin with the weights of this checkpoint, ours (its EMA) or the public code's
+hidden_size = 512                # width
+num_heads = 8                    # attention heads, must divide hidden_size
+expansion = 4.0                  # of the SwiGLU
+multiple_of = 256                # its width is rounded up to a multiple of this
+L_layers = 2                     # blocks of the one network
+H_cycles = 3                     # times that the answer is improved in a supervision step, the last one with gradients
+L_cycles = 6                     # times that the reasoning is, before each of them
+mlp_t = False                    # an MLP over the cells in place of attention: better on small grids of one size
+pos_encodings = 'rope'           # rope | learned | none
+puzzle_emb_ndim = -1             # numbers of a puzzle's own vector; 0 = none; -1 = hidden_size
+puzzle_emb_len = 16              # positions in front of the cells that it takes; 0 = as many as it needs
+halt_max_steps = 16              # supervision steps of a puzzle, at most
+halt_exploration_prob = 0.1      # share of the slots that may not halt before a random step; 0 = none
+no_ACT_continue = True           # the only way there is
+# optimization
+lr = 1e-4                        # peak learning rate
+min_lr_ratio = 1.0               # final learning rate / lr, 0 = nothing; 1 = constant, as published; 0.1 is better for short runs
+lr_warmup_steps = 2000           # steps of linear warmup; 0 = none
+epochs = 100000                  # times that every group of puzzles gives one of its puzzles; unless max_steps says how long
+max_steps = -1                   # optimizer steps in all; 0 = only the evaluation of the start; -1 = from epochs
+decay_lr = True                  # False = constant after the warmup
+lr_scheduler = 'cosine'          # cosine | cosine_with_restarts | constant
+lr_restarts = 3                  # restarts of cosine_with_restarts, 3 = four equal cycles; 0 = none
+weight_decay = 0.1               # on everything but the puzzles' vectors; 0 = none
+beta1 = 0.9                      # AdamATan2; 0 = off
+beta2 = 0.95                     # AdamATan2; 0 = off
+puzzle_emb_lr = 1e-2             # peak learning rate of the puzzles' vectors (SignSGD); 0 = they stay
+puzzle_emb_weight_decay = 0.1    # of the vectors of the puzzles in the batch; 0 = none
+grad_clip = 0.0                  # largest gradient norm; 0 = no clipping: AdamATan2 does not see a gradient's scale
+ema = False                      # evaluate an exponential moving average of the weights
+ema_rate = 0.999                 # its memory: 1 / (1 - ema_rate) steps
+freeze_weights = False           # learn nothing but the puzzles' vectors
+# evaluation
+eval_interval = 10000            # epochs between evaluations; -1 = only at the end
+eval_examples = 0                # test examples of an evaluation while training, evenly spread; 0 = all; the last one always takes all
+evaluators = ['auto']            # [arc@ARC] or []; auto = arc@ARC where the data have test_puzzles.json
+eval_only = False                # print the accuracy of a checkpoint on all test examples, write eval.json, exit
+# checkpoint
+checkpoint_every_eval = True     # save after every evaluation
+checkpoint_interval = -1         # steps between checkpoints besides; -1 = none, but always at the end
+keep_last_n_checkpoints = 0      # newest checkpoints to keep; 0 = all
+permanent_checkpoints = []       # steps that are saved and kept whatever the two above say
+auto_resume = False              # continue from the newest readable checkpoint in the run's folder, if there is one
+resume = False                   # continue from checkpoint_path; without one the same as auto_resume
+checkpoint_path = ''             # a checkpoint for --resume or --eval_only
+# logging
+log_interval = 10                # steps between log lines
+log_level = 'INFO'               # INFO | DEBUG; DEBUG adds loss and time of every micro-step
+log_gradients = False            # add the gradient norm of every part of the model to the log lines
+wandb_log = False                # log to Weights & Biases too
+# system
+device = ''                      # cpu, cuda, cuda:1, mps; '' = cuda, then mps, then cpu
+dtype = 'float32'                # float32 | bfloat16; of activations, weights stay float32; bfloat16 is 8 times slower on a CPU without it
+compile = False                  # torch.compile; DISABLE_COMPILE=1 in the environment switches it off
+deterministic = False            # deterministic kernels on the GPU (the CPU's are)
+seed = 0                         # of weights, data order and exploration; 0 = a seed like any other
+
+# ---- command line --------------------------------------------------------------------------------------------------
+config = configure(globals(), aliases={'max_lr': 'lr', 'learning_rate': 'lr', 'warmup_steps': 'lr_warmup_steps', 'lr_min_ratio': 'min_lr_ratio',
+                                       'total_steps': 'max_steps', 'data_path': 'data_paths', 'forward_dtype': 'dtype', 'wandb_project': 'project_name'})
+
+# ---- run folder ----------------------------------------------------------------------------------------------------
+typed_now = set(config.given)  # a resume adds what was typed when the run began
+if not data_paths or arch != 'trm' or not no_ACT_continue:
+    fail('--data_paths names no folder' if not data_paths else f'--arch={arch}: the only one is trm' if arch != 'trm' else
+         '--no_ACT_continue=False: the second forward pass is broken in the public code, and the paper finds nothing in it')
+if any(re.search(r'^\.*$|[/\0]', name) for name in (run_name or 'x', project_name or 'x')):
+    fail(f'--run_name={run_name} and --project_name={project_name} are names of folders, without /')
+first_data = os.path.basename(os.path.normpath(data_paths[0]))
+project_dir = os.path.join('checkpoints', project_name or f'{first_data[:1].upper()}{first_data[1:]}-ACT-torch')
+
+def run_dir_of():
+    """log_dir, else checkpoints/{project_name}/{run_name}. A run that nobody named is the newest where one is to be read, else a new one."""
+    if log_dir and ('log_dir' in config.typed_here or not {'run_name', 'project_name'} & config.typed_here):
+        return log_dir
+    runs = [os.path.join(project_dir, name) for name in (os.listdir(project_dir) if os.path.isdir(project_dir) else [])]
+    if not run_name and (auto_resume or resume or eval_only) and runs:
+        return max(runs, key=os.path.getmtime)
+    return os.path.join(project_dir, run_name or time.strftime('%Y%m%d_%H%M%S'))
+
+run_dir, run_dir_typed, log_name = run_dir_of(), bool({'log_dir', 'run_name', 'project_name'} & typed_now), 'log.txt'
+read_only = eval_only                    # this mode reads a checkpoint and starts no run
+lenient = False                          # True: a typed checkpoint that cannot be read is a warning, not the end
+
+def checkpoint_path_of(step):
+    return os.path.join(run_dir, f'step_{step}')
+
+def checkpoint_of(path):  # one dict, whatever the files; ValueError if it is damaged
+    found = read_whole(path)
+    return found if isinstance(found, dict) and 'step' in found else read_trm(path)
+
+if 'load_checkpoint' in config.typed_here and load_checkpoint:
+    if checkpoint_path:
+        fail('--load_checkpoint and --checkpoint_path name two beginnings: give one')
+    if read_only:  # in a run's config.py it says where that run began
+        config.assign('checkpoint_path', load_checkpoint)
+
+# ---- stored run (=) ------------------------------------------------------------------------------------------------
+# Which checkpoint this launch reads, if any. What was typed when that run began counts as typed again, unless anew.
+def steps_on_disk(suffix=''):
+    """Steps of the checkpoints in run_dir, ascending. Only names that checkpoint_path_of itself writes are ours."""
+    names = set(os.listdir(run_dir)) if os.path.isdir(run_dir) else set()
+    steps = {int(digits) for name in names for digits in re.findall('[0-9]{1,18}', name)}
+    return sorted(s for s in steps if os.path.basename(checkpoint_path_of(s)) + suffix in names)
+
+def read_checkpoint(path):
+    """(checkpoint, '') or (None, what is wrong). A file of weights alone comes back as {'model': weights}."""
+    try:
+        found = checkpoint_of(path if os.path.exists(path) or not os.path.isdir(path + '.old') else path + '.old')  # see write_whole
+        if not isinstance(found, dict) or not isinstance(found.get('model', found), dict):
+            raise ValueError('it holds no weights')
+        found = found if 'model' in found else {'model': found}
+        if 'step' in found and not (type(found['step']) is type(found['log_bytes']) is int and found['step'] >= 0 and type(found['ranks']) is list
+                                    and type(found['config']) is type(found['given']) is dict):
+            raise ValueError('its entries are not those of a checkpoint')
+        return found, ''
+    except FileNotFoundError:
+        return None, 'does not exist' + nearby(path)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        return None, f'cannot be read as a checkpoint ({error})'
+
+checkpoint, checkpoint_file, damaged = None, '', set()
+reading = resume or auto_resume or read_only
+if checkpoint_path and not reading:
+    fail(f'--checkpoint_path={checkpoint_path} does nothing by itself: add --resume to continue from it')
+for path in [checkpoint_path] if checkpoint_path else [checkpoint_path_of(s) for s in reversed(steps_on_disk())] if reading else []:
+    checkpoint, problem = read_checkpoint(path)
+    if checkpoint and 'step' not in checkpoint and not checkpoint_path and not read_only:
+        checkpoint, problem = None, 'holds weights only'
+    if checkpoint:
+        checkpoint_file = path
+        break
+    if checkpoint_path and not lenient:
+        fail(f'{path} {problem}')
+    damaged.add(path)
+    print0(f'WARNING: {path} {problem}; it is left as it is')
+resumed = checkpoint is not None and 'step' in checkpoint and not read_only
+if read_only and not checkpoint:
+    fail(f'no readable checkpoint in {run_dir}: name one with --checkpoint_path{nearby(checkpoint_path_of(0))}')
+if resumed and checkpoint_path and not run_dir_typed:
+    run_dir = os.path.dirname(os.path.normpath(checkpoint_path)) or '.'
+elif not (resumed or read_only or (auto_resume or resume) and not checkpoint_path) and steps_on_disk():
+    fail(f'{run_dir} already holds a run ({os.path.basename(checkpoint_path_of(steps_on_disk()[-1]))}): add --auto_resume to continue it, '
+         'or choose another folder for a new one')
+if checkpoint and 'step' in checkpoint:
+    config.restore(checkpoint['given'], checkpoint_file)
+elif checkpoint:
+    print0(f'WARNING: {checkpoint_file} holds weights only: they are used, optimizer and step start anew')
+
+# ---- derived -------------------------------------------------------------------------------------------------------
+config.assign('log_dir', run_dir)
+if load_checkpoint and not checkpoint:
+    checkpoint_file = load_checkpoint
+    try:
+        checkpoint = read_trm(load_checkpoint)
+    except (ValueError, OSError) as error:
+        fail(f'--load_checkpoint={load_checkpoint}' + (f' does not exist{nearby(load_checkpoint)}' if isinstance(error, FileNotFoundError) else f': {error}'))
+if checkpoint and 'step' not in checkpoint:
+    try:
+        adopt_trm(config, checkpoint['config'], checkpoint_file)
+    except ValueError as error:
+        fail(error)
+config.fill({
+    'tiny': dict(hidden_size=64, num_heads=4, multiple_of=32, L_layers=1, H_cycles=2, L_cycles=2, mlp_t=True, pos_encodings='none', puzzle_emb_len=1,
+                 halt_max_steps=8, global_batch_size=128, lr=3e-3, puzzle_emb_lr=3e-3, min_lr_ratio=0.1, lr_warmup_steps=50, max_steps=2000, ema=True, ema_rate=0.99,
+                 eval_interval=40, eval_examples=500, log_interval=100),
+    'trm': {},
+}[preset])
+if puzzle_emb_ndim < 0:
+    config.assign('puzzle_emb_ndim', hidden_size)
+save_every, keep, permanent = checkpoint_interval, keep_last_n_checkpoints, permanent_checkpoints
+peak_lr, floor_lr, warmup, clip = lr, min_lr_ratio * lr, lr_warmup_steps, grad_clip
+schedule, cycles = lr_scheduler if decay_lr else 'constant', lr_restarts + 1
+wandb_project = project_name or os.path.basename(project_dir)
+shape = (*SHAPE, 'global_batch_size')  # settings that a resumed model cannot change
+data_parallel = True  # False: the script sums the gradients itself, without DistributedDataParallel
+rank_state, load_rank_state = lambda: dict(carry=carries), lambda stored: load_carries()  # what each rank alone knows beside its generators
+own_progress = dict(sums=[0.0] * len(METRICS), best_exact=-1.0)  # of the slots since the last log line; of step_best
+if max(beta1, beta2, ema_rate) >= 1 or lr <= 0:
+    fail('beta1, beta2 and ema_rate must be less than 1, and lr more than 0')
+if any(type(s) is not int for s in permanent):
+    fail(f'permanent_checkpoints {permanent} must be whole numbers')
+if set(evaluators) - {'auto', 'arc@ARC'}:
+    fail(f'--evaluators={evaluators}: expected arc@ARC or nothing, []')
+if {'epochs', 'max_steps'} <= config.typed_here and max_steps >= 0:
+    fail('--epochs and --max_steps are two lengths: give one')
+if 'epochs' in typed_now and 'max_steps' not in typed_now:
+    config.assign('max_steps', -1)  # a stored one
+if freeze_weights and not puzzle_emb_ndim:
+    fail('--freeze_weights learns the vectors of the puzzles, and --puzzle_emb_ndim=0 has none')
+
+# ---- distributed (=) -----------------------------------------------------------------------------------------------
+ddp = 'RANK' in os.environ  # set by torchrun
+rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
+usable = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available() and not ddp, 'cpu': True}  # gloo knows no mps
+device = device or next(name for name in usable if usable[name])
+device_type = device.split(':')[0]
+if device_type not in usable:
+    fail(f'--device={device}: expected cpu, cuda, cuda:1 or mps')
+if not usable[device_type]:
+    print0(f'WARNING: --device={device}, but PyTorch sees none here: using the CPU')
+    device = device_type = 'cpu'
+if device_type == 'cuda':
+    device = f'cuda:{local_rank}' if ddp else 'cuda:0' if device == 'cuda' else device
+    if device not in [f'cuda:{i}' for i in range(torch.cuda.device_count())]:
+        fail(f'no device {device}: this machine has {torch.cuda.device_count()} GPU(s)')
+    torch.cuda.set_device(device)
+if ddp:
+    store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), next(rendezvous('env://'))[0])  # dead workers' keys stay behind
+    dist.init_process_group('nccl' if device_type == 'cuda' else 'gloo', store=store, rank=rank, world_size=world_size)
+    cpu_group = dist.new_group(backend='gloo')  # for what the ranks tell each other beside gradients
+device_name = torch.cuda.get_device_name(device) if device_type == 'cuda' else device_type
+peak_flops = next((flops for name, flops in PEAK_FLOPS.items() if name in device_name), 0)  # 0 = unknown: no mfu
+
+def everyone(value):
+    """[value of rank 0, value of rank 1, ...], on every rank."""
+    values = [value] * world_size
+    if ddp:
+        dist.all_gather_object(values, value, group=cpu_group)
+    return values
+
+def agree(problem, code=2):
+    """End all ranks if any has a problem (a sentence; '' = none): none may be left waiting for one that is gone."""
+    first = next(filter(None, everyone(problem)), '')
+    if first:
+        fail(first, code)
+
+# ---- precision and seed (=) ----------------------------------------------------------------------------------------
+autocast = nullcontext() if dtype == 'float32' else torch.autocast(device_type, getattr(torch, dtype))
+scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')  # small float16 gradients would round to zero
+if device_type == 'cuda':
+    torch.set_float32_matmul_precision('high')  # TF32 for what stays float32
+if deterministic:
+    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+    torch.use_deterministic_algorithms(True)
+torch.manual_seed(seed)  # the same first weights on every rank; each rank's own generators are seeded or restored after them
+stop_signal, trouble = 0, ''  # what poll() acts upon
+
+def on_signal(number, frame):
+    global stop_signal
+    stop_signal = number
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process at once; SIGTERM may come from several sides
+
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, on_signal)
+
+# ---- data ----------------------------------------------------------------------------------------------------------
+# A slot is a place in the global batch; it keeps its puzzle until it halts, then takes the next that is offered to it. Each step offers every
+# slot one: an epoch is a list of examples, as many as groups x mean examples of a puzzle. A random puzzle of each group, in random order, gives all of
+# its examples, cut where the list is full or going through the groups again. The lists follow one another, and step k offers the k-th slice
+# of global_batch_size: the order depends on seed and step alone, not on the number of ranks.
+run_dir = everyone(run_dir)[0]  # a name that the clock gave is rank 0's
+config.assign('log_dir', run_dir)
+try:
+    train_data = None if read_only else open_puzzles(data_paths, 'train')
+    test_data = open_puzzles(data_paths, 'test') if read_only or os.path.isdir(os.path.join(data_paths[0], 'test')) else None
+except ValueError as error:
+    fail(f'{error}; to make data: `python prepare/arc.py`, `prepare/sudoku.py`, `prepare/maze.py`, or without a download '
+         '`python prepare/sudoku.py --generate --size=4 --output_dir=data/sudoku4`')
+data = train_data or test_data
+if test_data and (test_data.seq_len, test_data.vocab_size, test_data.num_puzzle_identifiers) != (data.seq_len, data.vocab_size, data.num_puzzle_identifiers):
+    fail(f'{data_paths[0]}: train and test differ in seq_len, vocab_size or num_puzzle_identifiers')
+accumulation = -(-grad_accumulation_steps // world_size)  # micro-steps per step
+slices = accumulation * world_size
+B = global_batch_size // slices  # slots of one
+if global_batch_size % slices:
+    fail(f'global_batch_size {global_batch_size} is no multiple of {accumulation} micro-step(s) x {world_size} rank(s); '
+         f'the nearest that is: {max(1, round(global_batch_size / slices)) * slices}')
+if train_data:
+    groups = len(train_data.group_indices) - 1
+    epoch_size = max(1, int(groups * train_data.examples / len(train_data.identifiers)))  # examples
+    steps_per_epoch = epoch_size / global_batch_size
+    if max_steps < 0:  # of this launch alone: the setting stays -1
+        max_steps = int(epochs * steps_per_epoch)
+    eval_every = max(1, round(eval_interval * steps_per_epoch)) if eval_interval > 0 else -1
+
+@lru_cache(maxsize=2)
+def epoch_examples(epoch):
+    """The numbers of the examples of an epoch."""
+    rng, chosen, count = np.random.default_rng([seed, epoch]), [], 0
+    first, sizes = train_data.puzzle_indices, np.diff(train_data.puzzle_indices)
+    while count < epoch_size:
+        order = rng.permutation(groups)
+        chosen.append(rng.integers(train_data.group_indices[order], train_data.group_indices[order + 1]))
+        count += sizes[chosen[-1]].sum()
+    puzzles = np.concatenate(chosen)
+    owner = np.repeat(np.arange(len(puzzles)), sizes[puzzles])
+    within = np.arange(len(owner)) - np.repeat(np.cumsum(sizes[puzzles]) - sizes[puzzles], sizes[puzzles])
+    return (first[puzzles][owner] + within)[np.lexsort((rng.random(len(owner)), owner))][:epoch_size]
+
+def loader_state(step):
+    """Where the data of this step begins, and in which data."""
+    epoch, row = divmod(step * global_batch_size, epoch_size)
+    return dict(seed=seed, epoch=epoch, row=row, data=train_data.facts)
+
+def least_steps(step):
+    """(global_batch_size,): no slot halts before so many supervision steps in this step (exploration)."""
+    rng = np.random.default_rng([seed, step, 2])
+    return (rng.random(global_batch_size) < halt_exploration_prob) * rng.integers(min(2, halt_max_steps), halt_max_steps + 1, global_batch_size)
+
+def tensors_of(data, numbers):
+    """{'inputs', 'labels' (n, S) uint8, 'puzzle_identifiers' (n,)} of these examples."""
+    inputs, labels, identifiers = data.rows(numbers)
+    return dict(inputs=torch.from_numpy(inputs), labels=torch.from_numpy(labels), puzzle_identifiers=torch.from_numpy(identifiers))
+
+def batch(step, micro_step):
+    """(what is offered to the slots of this rank and micro-step, their least_steps)"""
+    begin = (micro_step * world_size + rank) * B
+    numbers = range(step * global_batch_size + begin, step * global_batch_size + begin + B)
+    tensors = tensors_of(train_data, [epoch_examples(i // epoch_size)[i % epoch_size] for i in numbers])
+    tensors['least'] = torch.from_numpy(least_steps(step)[begin:begin + B])
+    return {name: t.pin_memory() for name, t in tensors.items()} if device_type == 'cuda' else tensors
+
+def on_device(tensors):
+    tensors = {name: t.to(device, non_blocking=True) for name, t in tensors.items()}
+    labels = tensors['labels'].to(torch.int32)
+    return dict(tensors, labels=labels.masked_fill(labels == 0, IGNORE))
+
+prefetcher, prefetched = ThreadPoolExecutor(1), {}
+
+def next_batch(step, micro_step):
+    """batch(step, micro_step) on the device, while a thread prepares the next num_workers ones."""
+    now = step * accumulation + micro_step
+    for i in range(now, now + num_workers + 1):
+        if i not in prefetched:
+            prefetched[i] = prefetcher.submit(batch, *divmod(i, accumulation))
+    return on_device(prefetched.pop(now).result())
+
+arc = os.path.isfile(os.path.join(data_paths[0], 'test_puzzles.json')) if evaluators == ['auto'] else 'arc@ARC' in evaluators
+if arc and test_data:
+    try:
+        identifiers = [name for path in data_paths for name in read_json(os.path.join(path, 'identifiers.json'))]
+        tasks = {name: task for path in data_paths for name, task in read_json(os.path.join(path, 'test_puzzles.json')).items()}
+        if len(identifiers) != data.num_puzzle_identifiers or not tasks or data.seq_len != 900:
+            raise ValueError(f'{len(identifiers)} identifiers and {len(tasks)} tasks, expected {data.num_puzzle_identifiers} identifiers, and grids of 30 x 30')
+    except (ValueError, TypeError, AttributeError) as error:
+        fail(f'--evaluators=arc@ARC does not fit {data_paths}: {error} (--evaluators="[]" does without)')
+
+# ---- model ---------------------------------------------------------------------------------------------------------
+try:
+    raw_model = TRM(TRMConfig(data.vocab_size, data.seq_len, data.num_puzzle_identifiers, forward_dtype=dtype,
+                              **{name: config[name] for name in SHAPE + RECURSION})).to(device)
+except ValueError as error:
+    fail(error)
+judge = copy.deepcopy(raw_model, {id(table): table for table in [getattr(raw_model, 'puzzle_emb', None)] if table}) if ema else raw_model  # what is evaluated
+for p in raw_model.parameters():
+    p.requires_grad_(not freeze_weights)
+DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(raw_model, [name for name, _ in raw_model.named_buffers()])  # equal on all ranks as it is
+
+def empty_slots():
+    empty = torch.zeros(B, data.seq_len, dtype=torch.uint8, device=device)
+    return raw_model.initial_carry(dict(inputs=empty, labels=empty.int(), puzzle_identifiers=torch.zeros(B, dtype=torch.int64, device=device)))
+
+carries = [empty_slots() for _ in range(accumulation)]  # of this rank, one for each micro-step
+
+# ---- optimizer -----------------------------------------------------------------------------------------------------
+parameters = [p for p in raw_model.parameters() if p.requires_grad]
+optimizers = [AdamATan2(parameters, peak_lr, (beta1, beta2), weight_decay)] if parameters else []  # the puzzles' vectors: sign_sgd, which has no state
+
+def state_files(run):
+    """{file name: content} of a checkpoint, '' for a single file. run: the part that all scripts share (see save)."""
+    average = {name: p.detach() for name, p in judge.named_parameters()} if ema else {}
+    return {'': dict(run, model=raw_model.state_dict(), ema=average, optimizer=optimizer_state(raw_model, optimizers), scaler=scaler.state_dict(),
+                     train_loader_state=loader_state(run['step']))}
+
+def load_weights(checkpoint):
+    weights, average = checkpoint['model'], checkpoint.get('ema')
+    if 'step' not in checkpoint or read_only:
+        weights, changes = fit_trm(weights, raw_model.config)
+        for change in changes:
+            print0(f'{checkpoint_file}: {change}')
+    raw_model.load_state_dict(weights)
+    if ema:
+        judge.load_state_dict(dict(raw_model.state_dict(), **(average or {})))
+
+def load_training(checkpoint):
+    """Everything else that state_files stored; ValueError if it does not belong to this data."""
+    load_optimizer_state(raw_model, optimizers, checkpoint['optimizer'])  # the present decay and betas stay
+    if checkpoint['train_loader_state']['data'] != train_data.facts:
+        raise ValueError(f'the data in {data_paths} changed since: resume with those, or begin a new run in another folder')
+
+def load_carries():
+    """This rank's part of the slots of all ranks, in the order of the batch whatever their number was."""
+    global carries
+    stored = [checkpoint['ranks'][r]['carry'][i] for i in range(len(checkpoint['ranks'][0]['carry'])) for r in range(len(checkpoint['ranks']))]
+    loaded = []
+    for micro_step, like in enumerate(carries):
+        begin, carry = (micro_step * world_size + rank) * B, {}
+        for name, tensor in like.items():
+            slots = torch.cat([part[name] for part in stored])
+            if slots.shape != (global_batch_size, *tensor.shape[1:]):
+                raise ValueError(f'its carry has {name} of the shape {tuple(slots.shape)}')
+            carry[name] = slots[begin:begin + B].to(tensor)
+        loaded.append(carry)
+        if not (0 <= int(carry['inputs'].min()) and int(carry['inputs'].max()) < data.vocab_size and int(carry['labels'].max()) < data.vocab_size
+                and 0 <= int(carry['puzzle_identifiers'].min()) and int(carry['puzzle_identifiers'].max()) < data.num_puzzle_identifiers):
+            raise ValueError('its carry holds tokens or puzzles that these data do not have')
+    carries = loaded
+
+# ---- checkpoint (=) ------------------------------------------------------------------------------------------------
+# step: completed optimizer steps. progress: plain numbers that a resume continues. snapshot: what a checkpoint of this step
+# needs beside weights and optimizers, taken before the step draws a random number; top_done: its evaluation is in the log.
+step, snapshot, log_descriptor = 0, None, -1
+progress = dict(val_loss=math.inf, best_val_loss=math.inf, best_step=-1, loss_sum=0.0, loss_count=0, seconds=0.0, wandb_id='', **own_progress)
+
+def cannot_write(path, error):
+    free = shutil.disk_usage(run_dir).free if os.path.isdir(run_dir) else 0
+    return f'cannot write {path}: {error} ({free:,} bytes free); earlier checkpoints are intact'
+
+def log(line, prefix='', show=True):
+    """Append a line to log.txt and print it (rank 0)."""
+    global stop_signal, trouble
+    if show:
+        print0(line)
+    data = (prefix + line + '\n').encode()
+    try:
+        while data and log_descriptor >= 0:
+            data = data[os.write(log_descriptor, data):]
+    except OSError as error:
+        stop_signal, trouble = 1000, cannot_write(os.path.join(run_dir, log_name), error)  # all ranks end in poll()
+
+def take_snapshot(before=None):
+    """At the start of a step; again, given the first one, when its evaluation is done: the generators are those of the start."""
+    return dict(step=step, top_done=before is not None, log_bytes=os.fstat(log_descriptor).st_size if master else 0, progress=dict(progress),
+                rank=before['rank'] if before else dict(rank_state(), rng=generator_states(device_type)))
+
+def rotate():
+    """Delete what is no longer wanted, once what replaces it is on the disk. Damaged files neither count nor go."""
+    for s in [*steps_on_disk('.tmp'), 'best']:
+        remove(checkpoint_path_of(s) + '.tmp')  # of a save that was killed
+    steps = [s for s in steps_on_disk() if checkpoint_path_of(s) not in damaged]
+    newest = 1 if keep == 1 and steps and read_checkpoint(checkpoint_path_of(steps[-1]))[0] else max(keep, 2)
+    for s in steps[:-newest] if keep else []:
+        if s not in permanent:
+            remove(checkpoint_path_of(s))
+
+def save(path):
+    """Write the checkpoint of the snapshot, then rotate. Every rank calls it; rank 0 writes."""
+    own = on_cpu(snapshot['rank'])
+    ranks, problem = [own] * world_size, ''
+    if ddp:
+        dist.gather_object(own, ranks if master else None, group=cpu_group)
+    files = state_files(dict(snapshot['progress'], step=snapshot['step'], top_done=snapshot['top_done'], log_bytes=snapshot['log_bytes'],
+                             ranks=ranks, config=dict(config), given=config.typed()))
+    if master:
+        try:
+            os.fsync(log_descriptor)
+            write_whole(path, files)
+            damaged.discard(path)
+            rotate()
+            size = sum(os.path.getsize(os.path.join(path, name) if name else path) for name in files)
+            print0(f'saved {path} ({size / 1e6:,.1f} MB)')
+        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+            problem = cannot_write(path, error)
+    agree(problem, code=1)
+
+def leave(code):
+    if ddp:
+        dist.destroy_process_group()
+    sys.exit(code)
+
+def poll():
+    """Has any rank been told to stop? Then write the last whole step and leave. Called by all ranks, between micro-steps
+    and evaluation batches: what this step has drawn or summed up so far is forgotten and done again after the resume."""
+    told = stop_signal
+    if ddp:
+        flag = torch.tensor(told)
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=cpu_group)
+        told = int(flag)
+    if told == 1000:
+        fail(trouble, 1)
+    if told > 0:
+        print0(f'stopped by {signal.Signals(told).name}')
+        if not read_only and not (resumed and snapshot['step'] == start_step and os.path.exists(checkpoint_path_of(start_step))):
+            save(checkpoint_path_of(snapshot['step']))
+        leave(128 + told)
+
+# ---- resume (=) ----------------------------------------------------------------------------------------------------
+start_step, top_done, in_place, reseeded, problem = 0, False, False, True, ''
+if resumed:
+    for name, old, new in config.changes(checkpoint['config'], checkpoint_file):
+        if name in shape:
+            fail(f'{name} cannot change on resume: {old} -> {new} ({checkpoint_file})')
+        print0(f'changed since the checkpoint: {name} {old!r} -> {new!r}')
+try:
+    if checkpoint:
+        load_weights(checkpoint)
+    if resumed:
+        load_training(checkpoint)
+        for o in optimizers:  # load_state_dict does not look at shapes
+            for p, state in o.state.items():
+                if any(torch.is_tensor(value) and value.dim() and value.shape != p.shape for value in state.values()):
+                    raise ValueError('the state of the optimizer has other shapes than the weights')
+        start_step, top_done = checkpoint['step'], bool(checkpoint['top_done'])
+        progress = {name: type(value)(checkpoint[name]) for name, value in progress.items()}
+        known = checkpoint['ranks'][rank] if rank < len(checkpoint['ranks']) else None
+        load_rank_state(known)
+        reseeded = known is None or not set_generator_states(known['rng'], device_type)
+except (ValueError, RuntimeError, TypeError, KeyError, IndexError, AttributeError) as error:  # what a file that does not fit provokes
+    fail(f'{checkpoint_file} does not fit: {"no entry " if isinstance(error, KeyError) else ""}{str(error)[:400]}')
+if reseeded:
+    seed_generators(seed, rank, start_step)
+new_ranks = [r for r, new in enumerate(everyone(reseeded)) if new]
+if resumed and new_ranks:
+    print0(f'ranks {new_ranks} are new, or on another kind of device: their generators are seeded from (seed, rank, step)')
+if start_step > max_steps:
+    fail(f'{checkpoint_file} is at step {start_step}, beyond max_steps {max_steps}')
+if len(set(everyone(start_step))) > 1:
+    fail(f'the ranks found different checkpoints in {run_dir}: it must lie where all nodes see it')
+if master and not read_only:
+    log_path = os.path.join(run_dir, log_name)
+    try:
+        os.makedirs(run_dir, exist_ok=True)
+        in_place = resumed and os.path.samefile(os.path.dirname(os.path.normpath(checkpoint_file)) or '.', run_dir)
+        if resumed and not in_place and steps_on_disk():
+            raise ValueError(f'{run_dir} already holds another run: choose an empty folder')
+        if in_place and checkpoint_path:  # what comes after an explicit step belongs to another future
+            later = [checkpoint_path_of(s) for s in steps_on_disk() if s > start_step]
+            best = read_checkpoint(checkpoint_path_of('best'))[0]
+            later += [checkpoint_path_of('best')] if best and best.get('step', 0) > start_step else []
+            for path in later:
+                remove(path + '.old')
+                os.replace(path, path + '.old')
+            if later:
+                print0(f'set aside as *.old, later than step {start_step}:', ', '.join(later))
+        if not in_place and os.path.exists(log_path) and os.path.getsize(log_path):
+            os.replace(log_path, log_path + '.old')
+            print0(f'set aside as {log_name}.old, of a run without a checkpoint: {log_path}')
+        log_descriptor = os.open(log_path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        if in_place and os.fstat(log_descriptor).st_size > checkpoint['log_bytes']:
+            os.ftruncate(log_descriptor, checkpoint['log_bytes'])  # what the steps to be repeated wrote
+        if save_config:
+            config.save(os.path.join(run_dir, 'config.py'))
+    except (OSError, ValueError, TypeError) as error:
+        problem = f'cannot use {run_dir} as the folder of this run: {error}'
+agree(problem)
+wandb_run = None
+if wandb_log and master and not read_only:
+    try:
+        import wandb
+    except ImportError:
+        fail('--wandb_log needs the package wandb: pip install wandb')
+    wandb_run = wandb.init(project=wandb_project, name=run_name or None, config=dict(config), dir=run_dir,
+                           id=progress['wandb_id'] or None, resume='allow')
+    progress['wandb_id'] = wandb_run.id
+
+# ---- compile and wrap (=) ------------------------------------------------------------------------------------------
+if compile:
+    raw_model.compile()  # in place: the names in the state dict stay as they are, and raw_model.forward stays eager
+net = raw_model
+if ddp and data_parallel and not read_only and any(p.requires_grad for p in raw_model.parameters()):
+    net = DistributedDataParallel(raw_model, device_ids=[local_rank] if device_type == 'cuda' else None, gradient_as_bucket_view=True)
+
+# ---- learning rate (=) ---------------------------------------------------------------------------------------------
+def get_lr(step):
+    """Learning rate of the update that follows `step` completed ones: linear warmup, then `schedule` down to floor_lr."""
+    if step < warmup:
+        return peak_lr * (step + 1) / warmup
+    if schedule == 'constant':
+        return peak_lr
+    done = (step - warmup) / max(1, max_steps - warmup)  # 0 to 1; at 1 the run is over
+    if schedule == 'cosine_with_restarts':
+        done = done * cycles % 1
+    return floor_lr + (peak_lr - floor_lr) * (1 + math.cos(math.pi * min(1, done))) / 2
+
+# ---- evaluation ----------------------------------------------------------------------------------------------------
+if compile and judge is not raw_model:
+    judge.compile()
+
+@torch.no_grad()
+def evaluate(limit=0):
+    """Accuracy on the test examples, or so many of them evenly spread, split over the ranks: after every supervision step, and at the first where
+    the model would halt. A dict of plain numbers; val_loss is the cross-entropy at the halt, in nats per cell."""
+    N, count = halt_max_steps, test_data.examples
+    chosen = np.arange(count) if not 0 < limit < count else np.linspace(0, count - 1, limit).astype(int)
+    sums = torch.zeros(N + 1, 3, dtype=torch.float64, device=device)  # loss, share of right cells, exact; after each step, then at the halt
+    steps, votes, shown = torch.zeros((), device=device), {}, {}
+    for begin in range(rank * B, len(chosen) + rank * B, B * world_size):  # as many on every rank
+        numbers = np.arange(begin, begin + B)  # always a full batch, one shape for torch.compile: what is too much counts nothing
+        real = torch.from_numpy(numbers < len(chosen)).to(device)
+        rows = on_device(tensors_of(test_data, chosen[np.minimum(numbers, len(chosen) - 1)]))
+        carry = judge.refill(judge.initial_carry(rows), rows)
+        vectors = judge.puzzle_emb.rows(carry['puzzle_identifiers']) if puzzle_emb_ndim else None
+        scores, going = torch.zeros(B, 3, dtype=torch.float64, device=device), real.clone()
+        for s in range(N):
+            poll()
+            carry, outputs = judge(carry, vectors)
+            now, q = outputs['scores'].double(), outputs['q_halt_logits']
+            sums[s] += (now * real.unsqueeze(1)).sum(0)
+            halts = going & (q > 0) if s < N - 1 else going
+            scores, going = torch.where(halts.unsqueeze(1), now, scores), going & ~halts
+            steps = steps + (s + 1) * halts.sum()
+        sums[N] += scores.sum(0)
+        if arc or master and sys.stdout.isatty() and len(shown) < 2:
+            cells, inputs, labels = (t.cpu().numpy() for t in (outputs['logits'].argmax(-1), rows['inputs'], rows['labels']))
+            for i in np.flatnonzero(numbers < len(chosen)):
+                if arc:
+                    arc_vote(votes, identifiers[int(rows['puzzle_identifiers'][i])], inputs[i], cells[i], float(q[i]))
+                shown.setdefault(bool(now[i, 2]), (inputs[i], cells[i], np.maximum(labels[i], 0)))
+    found = everyone((sums.cpu(), steps.item(), votes))
+    sums, steps = sum(f[0] for f in found) / len(chosen), sum(f[1] for f in found) / len(chosen)
+    report = dict(val_loss=sums[N, 0].item(), cell_accuracy=sums[N, 1].item(), exact_accuracy=sums[N, 2].item(), halting_steps=steps,
+                  cell_accuracy_by_step=sums[:N, 1].tolist(), exact_accuracy_by_step=sums[:N, 2].tolist(), examples=len(chosen))
+    if arc:
+        pooled = {}
+        for _, _, part in found:
+            for question, answers in part.items():
+                for answer, (n, q) in answers.items():
+                    vote = pooled.setdefault(question, {}).setdefault(answer, [0, 0.0])
+                    vote[0], vote[1] = vote[0] + n, vote[1] + q
+        result, submission = arc_result(pooled, tasks)
+        report.update(result, submission=submission)
+    if master and sys.stdout.isatty():
+        for solved, puzzle in sorted(shown.items()):
+            print0(f'a puzzle that it {"solved" if solved else "did not solve"}:\n' + '\n'.join('    ' + line for line in drawn(*puzzle, data.vocab_size)))
+    return report
+
+def say(step, report):
+    by_step = report['exact_accuracy_by_step']
+    log(f'step {step}/{max_steps} | val loss {report["val_loss"]:.4f} | exact {report["exact_accuracy"]:.4f} at the halt, {by_step[-1]:.4f} after {len(by_step)} steps | '
+        f'cells {report["cell_accuracy"]:.4f} | halts after {report["halting_steps"]:.2f} steps | {report["examples"]:,} examples')
+    log(f'step {step}/{max_steps} | exact by step ' + ' '.join(f'{share:.4f}' for share in by_step))
+    if arc:
+        log(f'step {step}/{max_steps} | ARC ' + ' | '.join(f'{name} {share:.4f}' for name, share in report.items() if name.startswith('pass@')))
+
+def write_beside(folder, files):
+    """Write {name: content} there, on rank 0; a disk's problem ends all ranks."""
+    problem = ''
+    for name, content in files.items() if master else ():
+        try:
+            os.makedirs(folder, exist_ok=True)
+            write_whole(os.path.join(folder, name), {'': content})
+        except OSError as error:
+            problem = cannot_write(os.path.join(folder, name), error)
+    agree(problem, 1)
+
+if read_only:
+    step = checkpoint.get('step', 0)
+    max_steps = max(max_steps, step)
+    report = evaluate()
+    say(step, report)
+    folder = run_dir if run_dir_typed and 'load_checkpoint' in config.typed_here else os.path.dirname(os.path.normpath(checkpoint_file))
+    submission = {'submission.json': report.pop('submission')} if arc else {}
+    write_beside(folder, {**submission, 'eval.json': dict(report, step=step, checkpoint=checkpoint_file, data_paths=data_paths)})
+    print0(f'wrote {os.path.join(folder, "eval.json")}')
+    leave(0)
+
+# ---- training loop -------------------------------------------------------------------------------------------------
+plain = {**{name: config[name] for name in config if name not in SHAPE + RECURSION + LAUNCH}, 'lr_min_ratio': min_lr_ratio, 'checkpoint_path': run_dir}
+lines = ['arch:', '  name: recursive_reasoning.trm@TinyRecursiveReasoningModel_ACTV1', *(f'  {name}: {json.dumps(config[name])}' for name in SHAPE + RECURSION),
+         f'  forward_dtype: {dtype}', *(f'{name}: {json.dumps(value)}' for name, value in sorted(plain.items()))]  # JSON values are YAML ones
+write_beside(run_dir, {'all_config.yaml': ('\n'.join(lines) + '\n').encode()} if save_config else {})
+describe = ['git', '-C', os.path.dirname(os.path.abspath(__file__)), 'describe', '--always', '--dirty']
+commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip() if shutil.which('git') else ''
+log('settings given: ' + ' '.join(f'{name}={value!r}' for name, value in config.typed().items()), prefix='# ', show=False)
+table_size = raw_model.puzzle_emb.weights.numel() if puzzle_emb_ndim else 0
+for line in (
+    f'{sum(p.numel() for p in raw_model.parameters()):,} parameters in {L_layers} {"mlp_t" if mlp_t else "attention"} layer(s) of width {hidden_size}, and {table_size:,} numbers in the '
+    f'vectors of {data.num_puzzle_identifiers:,} puzzles; {H_cycles} x ({L_cycles} + 1) applications a supervision step, at most {halt_max_steps} of them' + ', weights frozen' * freeze_weights,
+    f'{global_batch_size} slots = {B} x {accumulation} micro-step(s) x {world_size} rank(s)',
+    f'{train_data.examples:,} training examples of {groups:,} groups; an epoch is {epoch_size:,} of them, {steps_per_epoch:.2f} steps: {max_steps:,} steps, '
+    f'evaluated every {eval_every} (-1: at the end)',
+    f'{test_data.examples:,} test examples' if test_data else 'no test examples: nothing is evaluated',
+    f'device {device} ({device_name}), dtype {dtype}, compile {compile}, torch {torch.__version__}, commit {commit or "unknown"}',
+    f'run {run_dir}: ' + (f'resumed from {checkpoint_file} at step {start_step}' if resumed else
+                          f'weights from {checkpoint_file}' if checkpoint else f'new, random initialisation, seed {seed}'),
+):
+    log(line, prefix='# ')
+flops_per_step = raw_model.flops_per_slot() * global_batch_size
+seconds, timed_steps = 0.0, 0
+for step in range(start_step, max_steps + 1):
+    # -- top: what looks at the model after `step` updates; nothing here changes the training
+    last = step == max_steps
+    snapshot = take_snapshot()
+    evaluating = test_data and (eval_every > 0 and step % eval_every == 0 or last)
+    if evaluating and (step > start_step or not top_done):
+        report = evaluate(0 if last else min(eval_examples or 1000, 1000) if step == 0 else eval_examples)  # the untrained one: a look is enough
+        say(step, report)
+        progress['val_loss'] = report['val_loss']
+        if not math.isfinite(progress['val_loss']):
+            fail(f'step {step}: validation loss {progress["val_loss"]}; stopped, no checkpoint holds it (try a lower lr)', 1)
+        if arc:
+            write_beside(run_dir, {'submission.json': report['submission']})
+        if wandb_run:
+            wandb_run.log({f'val/{name}': value for name, value in report.items() if isinstance(value, float)}, step=step)
+        if (report['exact_accuracy'], -report['val_loss']) > (progress['best_exact'], -progress['best_val_loss']):
+            progress.update(best_val_loss=report['val_loss'], best_exact=report['exact_accuracy'], best_step=step)
+            snapshot['progress'] = dict(progress)
+            save(checkpoint_path_of('best'))
+    snapshot = take_snapshot(snapshot)
+    wanted = save_every > 0 and step % save_every == 0 or evaluating and checkpoint_every_eval or step in permanent or last
+    if step and wanted and (step > start_step or not top_done):
+        save(checkpoint_path_of(step))
+    if last:
+        break
+
+    # -- one update: one supervision step of every slot
+    started = time.perf_counter()
+    scale = get_lr(step) / peak_lr  # of both learning rates
+    for o in optimizers:
+        for group in o.param_groups:
+            group['lr'] = peak_lr * scale
+    loss_sum, sums, after, used = torch.zeros((), device=device), 0, [], []
+    for micro_step in range(accumulation):
+        poll()
+        rows = next_batch(step, micro_step)
+        least = rows.pop('least')
+        net.require_backward_grad_sync = micro_step == accumulation - 1  # before the forward: DDP reads it there
+        carry = raw_model.refill(carries[micro_step], rows)
+        vectors = raw_model.puzzle_emb.rows(carry['puzzle_identifiers']) if puzzle_emb_ndim else None
+        carry, outputs = net(carry, vectors, least)
+        loss = outputs['loss'] / global_batch_size  # over the global count: every slot weighs the same
+        (loss * world_size).backward()  # DDP divides by world_size
+        loss_sum, sums = loss_sum + loss.detach(), sums + outputs['sums']
+        after.append(carry)
+        if puzzle_emb_ndim:
+            used.append((carry['puzzle_identifiers'], vectors.grad / world_size))
+        if log_level == 'DEBUG':
+            print0(f'step {step + 1} micro-step {micro_step + 1}/{accumulation} | loss {loss.item() * slices:.6f} '
+                   f'| {1000 * (time.perf_counter() - started):.0f}ms')
+    gradients = [p.grad for p in parameters]
+    if puzzle_emb_ndim:  # the vectors' gradients, of the slots of all ranks
+        used = [torch.cat(tensors) for tensors in zip(*used, strict=True)]
+        if ddp:
+            gathered = [[torch.empty_like(tensor) for _ in range(world_size)] for tensor in used]
+            for tensor, parts in zip(used, gathered, strict=True):
+                dist.all_gather(parts, tensor)
+            used = [torch.cat(parts) for parts in gathered]
+        gradients.append(used[1])
+    reporting = (step + 1) % log_interval == 0 or step == 0 or step + 1 == max_steps
+    norms = ''
+    if log_gradients and reporting:  # of every part of the model, before clipping
+        parts = {'puzzle_emb': gradients[-1:]} if puzzle_emb_ndim else {}
+        for name, p in raw_model.named_parameters():
+            if p.requires_grad:
+                parts.setdefault(re.match(r'L_level\.layers\.(\d+\.\w+)|(\w+)', name)[0], []).append(p.grad)
+        norms = ' | grad ' + ' '.join(f'{part} {total_norm(grads).item():.2e}' for part, grads in parts.items())
+    norm = total_norm(gradients)
+    torch.nn.utils.clip_grads_with_norm_(parameters, clip if clip > 0 else math.inf, norm)
+    found = torch.cat((torch.stack((loss_sum, norm / world_size)), sums.to(loss_sum)))  # one tensor, one host read; NaN or infinity on any rank survives the sum
+    if ddp:
+        dist.all_reduce(found)
+    step_loss, step_norm, *found = found.tolist()
+    if not math.isfinite(step_loss) or not math.isfinite(step_norm):
+        fail(f'step {step + 1}: loss {step_loss}, gradient norm {step_norm}; stopped before the update, no checkpoint holds it '
+             '(try a lower lr or more lr_warmup_steps)', 1)
+    if puzzle_emb_ndim and puzzle_emb_lr > 0:
+        sign_sgd(raw_model.puzzle_emb.weights, *used, puzzle_emb_lr * scale, puzzle_emb_weight_decay)
+    for o in optimizers:
+        o.step()
+        o.zero_grad(set_to_none=True)
+    if ema:
+        with torch.no_grad():
+            torch._foreach_lerp_(list(judge.parameters()), list(raw_model.parameters()), 1 - ema_rate)
+    carries = after
+
+    # -- reporting only
+    dt = time.perf_counter() - started
+    seconds, timed_steps = seconds + dt, timed_steps + 1
+    progress.update(loss_sum=progress['loss_sum'] + step_loss, loss_count=progress['loss_count'] + 1, seconds=progress['seconds'] + dt,
+                    sums=[a + b for a, b in zip(progress['sums'], found, strict=True)])
+    if reporting:
+        dt, mean_loss, halted = seconds / timed_steps, progress['loss_sum'] / progress['loss_count'], dict(zip(METRICS, progress['sums'], strict=True))
+        cells, exact, turns = (halted[name] / max(1, halted['count']) for name in ('accuracy', 'exact_accuracy', 'steps'))
+        mfu = f'{100 * flops_per_step / dt / world_size / peak_flops:.1f}%' if peak_flops else '-'
+        minutes = int(dt * (max_steps - step - 1) / 60)
+        log(f'step {step + 1}/{max_steps} ({100 * (step + 1) / max_steps:.2f}%) | loss {mean_loss:.6f} | exact {exact:.4f} | cells {cells:.4f} | halts after {turns:.2f} | '
+            f'lr {peak_lr * scale:.2e} | norm {step_norm:.2f} | dt {1000 * dt:.0f}ms | samples/s {global_batch_size / dt:,.0f} | mfu {mfu} | '
+            f'eta {minutes // 60}h{minutes % 60:02d}m{norms}')
+        if wandb_run:
+            wandb_run.log({'train/loss': mean_loss, 'train/exact_accuracy': exact, 'train/accuracy': cells, 'train/steps': turns, 'lr': peak_lr * scale,
+                           'norm': step_norm, 'samples/s': global_batch_size / dt}, step=step + 1)
+        seconds, timed_steps = 0.0, 0
+        progress.update(loss_sum=0.0, loss_count=0, sums=[0.0] * len(METRICS))
+
+# ---- finish --------------------------------------------------------------------------------------------------------
+log(f'done: best val loss {progress["best_val_loss"]:.4f}, exact {max(0, progress["best_exact"]):.4f} at step {progress["best_step"]}, checkpoints in {run_dir}, '
+    f'trained for {progress["seconds"] / 60:.1f} min', prefix='# ')
+poll()
+if wandb_run:
+    wandb_run.finish()
+leave(0)
