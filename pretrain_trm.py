@@ -40,7 +40,8 @@ from torch.nn.parallel import DistributedDataParallel
 from configurator import LAUNCH, configure, fail, master, nearby, print0
 from model import PEAK_FLOPS, load_optimizer_state, optimizer_state, read_whole, total_norm
 from model import generator_states, on_cpu, remove, seed_generators, set_generator_states, write_whole
-from trm import IGNORE, METRICS, RECURSION, SHAPE, TRM, AdamATan2, TRMConfig, adopt_trm, arc_result, arc_vote, drawn, fit_trm, open_puzzles, read_json, read_trm, sign_sgd
+from trm import IGNORE, METRICS, RECURSION, SHAPE, TRM, AdamATan2, TRMConfig, sign_sgd
+from trm import adopt_trm, arc_result, arc_vote, drawn, fit_trm, open_puzzles, read_json, read_trm
 
 # ---- settings ------------------------------------------------------------------------------------------------------
 # i/o
@@ -221,8 +222,8 @@ if checkpoint and 'step' not in checkpoint:
         fail(error)
 config.fill({
     'tiny': dict(hidden_size=64, num_heads=4, multiple_of=32, L_layers=1, H_cycles=2, L_cycles=2, mlp_t=True, pos_encodings='none', puzzle_emb_len=1,
-                 halt_max_steps=8, global_batch_size=128, lr=3e-3, puzzle_emb_lr=3e-3, min_lr_ratio=0.1, lr_warmup_steps=50, max_steps=2000, ema=True, ema_rate=0.99,
-                 eval_interval=40, eval_examples=500, log_interval=100),
+                 halt_max_steps=8, global_batch_size=128, lr=3e-3, puzzle_emb_lr=3e-3, min_lr_ratio=0.1, lr_warmup_steps=50, max_steps=1000,
+                 ema=True, ema_rate=0.99, eval_interval=16, log_interval=50),
     'trm': {},
 }[preset])
 if puzzle_emb_ndim < 0:
@@ -317,6 +318,8 @@ except ValueError as error:
     fail(f'{error}; to make data: `python prepare/arc.py`, `prepare/sudoku.py`, `prepare/maze.py`, or without a download '
          '`python prepare/sudoku.py --generate --size=4 --output_dir=data/sudoku4`')
 data = train_data or test_data
+if read_only:
+    max_steps = max(max_steps, checkpoint.get('step', 0))
 if test_data and (test_data.seq_len, test_data.vocab_size, test_data.num_puzzle_identifiers) != (data.seq_len, data.vocab_size, data.num_puzzle_identifiers):
     fail(f'{data_paths[0]}: train and test differ in seq_len, vocab_size or num_puzzle_identifiers')
 accumulation = -(-grad_accumulation_steps // world_size)  # micro-steps per step
@@ -676,8 +679,9 @@ def evaluate(limit=0):
 
 def say(step, report):
     by_step = report['exact_accuracy_by_step']
-    log(f'step {step}/{max_steps} | val loss {report["val_loss"]:.4f} | exact {report["exact_accuracy"]:.4f} at the halt, {by_step[-1]:.4f} after {len(by_step)} steps | '
-        f'cells {report["cell_accuracy"]:.4f} | halts after {report["halting_steps"]:.2f} steps | {report["examples"]:,} examples')
+    log(f'step {step}/{max_steps} | val loss {report["val_loss"]:.4f} | exact {report["exact_accuracy"]:.4f} at the halt, '
+        f'{by_step[-1]:.4f} after {len(by_step)} steps | cells {report["cell_accuracy"]:.4f} | halts after {report["halting_steps"]:.2f} steps | '
+        f'{report["examples"]:,} examples')
     log(f'step {step}/{max_steps} | exact by step ' + ' '.join(f'{share:.4f}' for share in by_step))
     if arc:
         log(f'step {step}/{max_steps} | ARC ' + ' | '.join(f'{name} {share:.4f}' for name, share in report.items() if name.startswith('pass@')))
@@ -687,7 +691,7 @@ def write_beside(folder, files):
     problem = ''
     for name, content in files.items() if master else ():
         try:
-            os.makedirs(folder, exist_ok=True)
+            os.makedirs(folder or '.', exist_ok=True)
             write_whole(os.path.join(folder, name), {'': content})
         except OSError as error:
             problem = cannot_write(os.path.join(folder, name), error)
@@ -695,7 +699,6 @@ def write_beside(folder, files):
 
 if read_only:
     step = checkpoint.get('step', 0)
-    max_steps = max(max_steps, step)
     report = evaluate()
     say(step, report)
     folder = run_dir if run_dir_typed and 'load_checkpoint' in config.typed_here else os.path.dirname(os.path.normpath(checkpoint_file))
@@ -714,8 +717,9 @@ commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
 log('settings given: ' + ' '.join(f'{name}={value!r}' for name, value in config.typed().items()), prefix='# ', show=False)
 table_size = raw_model.puzzle_emb.weights.numel() if puzzle_emb_ndim else 0
 for line in (
-    f'{sum(p.numel() for p in raw_model.parameters()):,} parameters in {L_layers} {"mlp_t" if mlp_t else "attention"} layer(s) of width {hidden_size}, and {table_size:,} numbers in the '
-    f'vectors of {data.num_puzzle_identifiers:,} puzzles; {H_cycles} x ({L_cycles} + 1) applications a supervision step, at most {halt_max_steps} of them' + ', weights frozen' * freeze_weights,
+    f'{sum(p.numel() for p in raw_model.parameters()):,} parameters in {L_layers} {"mlp_t" if mlp_t else "attention"} layer(s) of width {hidden_size}, '
+    f'and {table_size:,} numbers in the vectors of {data.num_puzzle_identifiers:,} puzzles' + ', weights frozen' * freeze_weights,
+    f'{H_cycles} x ({L_cycles} + 1) applications in a supervision step, at most {halt_max_steps} such steps a puzzle',
     f'{global_batch_size} slots = {B} x {accumulation} micro-step(s) x {world_size} rank(s)',
     f'{train_data.examples:,} training examples of {groups:,} groups; an epoch is {epoch_size:,} of them, {steps_per_epoch:.2f} steps: {max_steps:,} steps, '
     f'evaluated every {eval_every} (-1: at the end)',
@@ -796,7 +800,7 @@ for step in range(start_step, max_steps + 1):
         norms = ' | grad ' + ' '.join(f'{part} {total_norm(grads).item():.2e}' for part, grads in parts.items())
     norm = total_norm(gradients)
     torch.nn.utils.clip_grads_with_norm_(parameters, clip if clip > 0 else math.inf, norm)
-    found = torch.cat((torch.stack((loss_sum, norm / world_size)), sums.to(loss_sum)))  # one tensor, one host read; NaN or infinity on any rank survives the sum
+    found = torch.cat((torch.stack((loss_sum, norm / world_size)), sums.to(loss_sum)))  # one host read; NaN or infinity on any rank survives the sum
     if ddp:
         dist.all_reduce(found)
     step_loss, step_norm, *found = found.tolist()
@@ -819,12 +823,13 @@ for step in range(start_step, max_steps + 1):
     progress.update(loss_sum=progress['loss_sum'] + step_loss, loss_count=progress['loss_count'] + 1, seconds=progress['seconds'] + dt,
                     sums=[a + b for a, b in zip(progress['sums'], found, strict=True)])
     if reporting:
-        dt, mean_loss, halted = seconds / timed_steps, progress['loss_sum'] / progress['loss_count'], dict(zip(METRICS, progress['sums'], strict=True))
+        dt, mean_loss = seconds / timed_steps, progress['loss_sum'] / progress['loss_count']
+        halted = dict(zip(METRICS, progress['sums'], strict=True))
         cells, exact, turns = (halted[name] / max(1, halted['count']) for name in ('accuracy', 'exact_accuracy', 'steps'))
         mfu = f'{100 * flops_per_step / dt / world_size / peak_flops:.1f}%' if peak_flops else '-'
         minutes = int(dt * (max_steps - step - 1) / 60)
-        log(f'step {step + 1}/{max_steps} ({100 * (step + 1) / max_steps:.2f}%) | loss {mean_loss:.6f} | exact {exact:.4f} | cells {cells:.4f} | halts after {turns:.2f} | '
-            f'lr {peak_lr * scale:.2e} | norm {step_norm:.2f} | dt {1000 * dt:.0f}ms | samples/s {global_batch_size / dt:,.0f} | mfu {mfu} | '
+        log(f'step {step + 1}/{max_steps} ({100 * (step + 1) / max_steps:.2f}%) | loss {mean_loss:.6f} | exact {exact:.4f} | cells {cells:.4f} | '
+            f'halts after {turns:.2f} | lr {peak_lr * scale:.2e} | norm {step_norm:.2f} | dt {1000 * dt:.0f}ms | samples/s {global_batch_size / dt:,.0f} | mfu {mfu} | '
             f'eta {minutes // 60}h{minutes % 60:02d}m{norms}')
         if wandb_run:
             wandb_run.log({'train/loss': mean_loss, 'train/exact_accuracy': exact, 'train/accuracy': cells, 'train/steps': turns, 'lr': peak_lr * scale,
@@ -833,8 +838,8 @@ for step in range(start_step, max_steps + 1):
         progress.update(loss_sum=0.0, loss_count=0, sums=[0.0] * len(METRICS))
 
 # ---- finish --------------------------------------------------------------------------------------------------------
-log(f'done: best val loss {progress["best_val_loss"]:.4f}, exact {max(0, progress["best_exact"]):.4f} at step {progress["best_step"]}, checkpoints in {run_dir}, '
-    f'trained for {progress["seconds"] / 60:.1f} min', prefix='# ')
+log(f'done: best val loss {progress["best_val_loss"]:.4f}, exact {max(0, progress["best_exact"]):.4f} at step {progress["best_step"]}, '
+    f'checkpoints in {run_dir}, trained for {progress["seconds"] / 60:.1f} min', prefix='# ')
 poll()
 if wandb_run:
     wandb_run.finish()

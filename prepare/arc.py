@@ -17,7 +17,6 @@ example are moved by the same random distance, but for one example of each copy;
 Beside the folder of the public TRM and HRM code (see write_puzzles in prepare/maze.py): test_puzzles.json, the tasks of the test set with their answers.
 """
 import hashlib
-import os
 import re
 import sys
 from pathlib import Path
@@ -79,7 +78,8 @@ def read_subset(subset):
         if not all(isinstance(pair, dict) and 'input' in pair for kind in ('train', 'test') for pair in task[kind]):
             fail(f'{where}: expected pairs of input and output')
         found[name] = dict(train=[(grid_of(pair['input'], where), grid_of(pair.get('output'), where)) for pair in task['train']],
-                           test=[(grid_of(pair['input'], where), grid_of(output, f'{solutions}: task {name}')) for pair, output in zip(task['test'], outputs, strict=True)])
+                           test=[(grid_of(pair['input'], where), grid_of(output, f'{solutions}: task {name}'))
+                                 for pair, output in zip(task['test'], outputs, strict=True)])
     return found
 
 

@@ -222,8 +222,8 @@ def write_arc(folder, rng, names=('training', 'evaluation'), tasks=4):
     for subset in names:
         challenges, solutions = {}, {}
         for i in range(tasks):
-            def grid():
-                return rng.integers(0, 10, rng.integers(1, 31, 2) if i else (30, 30)).tolist()
+            def grid(large=i == 0):
+                return rng.integers(0, 10, (30, 30) if large else rng.integers(1, 31, 2)).tolist()
             name = f'{subset[0]}{i}'
             challenges[name] = dict(train=[dict(input=grid(), output=grid()) for _ in range(3)], test=[dict(input=grid()) for _ in range(1 + i % 2)])
             solutions[name] = [grid() for _ in range(1 + i % 2)]
