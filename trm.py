@@ -103,6 +103,29 @@ def rms_norm(x, eps):
     return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
+class Gated(torch.autograd.Function):
+    """silu(gate) * up of gate_up (..., 2I), gate first. Keeps nothing but gate_up, and makes both gradients in one buffer: autograd would keep silu(gate) too
+    and join two gradients."""
+
+    @staticmethod
+    def forward(ctx, gate_up):
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, -1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gate_up, = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, -1)
+        both = torch.empty_like(gate_up)
+        d_gate, d_up = both.chunk(2, -1)
+        torch.sigmoid(gate, out=d_gate)
+        torch.mul(gate, d_gate, out=d_up)  # silu(gate)
+        d_gate.add_(d_up - d_up * d_gate).mul_(up).mul_(gradient)  # silu' = s + silu (1 - s)
+        d_up.mul_(gradient)
+        return both
+
+
 class SwiGLU(nn.Module):
     def __init__(self, width, expansion, multiple_of):
         super().__init__()
@@ -111,8 +134,11 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(inner, width)
 
     def forward(self, x):
-        gate, up = self.gate_up_proj(x).chunk(2, -1)
-        return self.down_proj(F.silu(gate) * up)
+        gate_up = self.gate_up_proj(x)
+        if torch.compiler.is_compiling():  # it makes better of the plain form
+            gate, up = gate_up.chunk(2, -1)
+            return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(Gated.apply(gate_up))
 
 
 class Attention(nn.Module):

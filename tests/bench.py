@@ -5,12 +5,15 @@
     python tests/bench.py --cases head_4 head_8 head_16 head_32
     python tests/bench.py --learning --nanogpt=DIR            the same batches and hyperparameters: loss per step, 3 seeds each
     python tests/bench.py --finetune --nanogpt=DIR            finetune_dolly.py on the rows of --dolly, beside padding random batches, beside nanoGPT
+    python tests/bench.py --cases trm_small trm_official --trm=DIR      pretrain_trm.py beside a clone of SamsungSAILMontreal/TinyRecursiveModels
+    python tests/bench.py --learning --trm=DIR --data_root=data/sudoku-extreme    the public model on our batches: loss and cells per step, 3 seeds each
     python tests/bench.py --device=cuda --cases gpt2 --nanogpt=DIR --build_nanogpt=DIR
 
 All contestants of a case are started as users would start them, on the same random tokens, and are stopped by SIGSTOP; then
 each in turn is let run for a few steps, round after round (A B C A B C), so that a slow minute of the machine meets all of
 them. The step in which one was stopped does not count. build-nanogpt has no command line: its constants are replaced in a copy,
-evaluation is left out, and on a CPU the bfloat16 autocast, which is slower there.
+evaluation is left out, and on a CPU the bfloat16 autocast, which is slower there. The public TRM code runs from a copy in which 'cpu' stands for
+'cuda', with its optimizer, a CUDA extension, written in torch, and with a wandb that prints a line each step.
 """
 import json
 import math
@@ -36,9 +39,10 @@ from configurator import configure, fail
 # -----------------------------------------------------------------------------
 # settings
 
-cases = ['quickstart', 'head_8']  # quickstart, head_4, head_8, head_16, head_32 (the head dominates), gpt2 (124M, for a GPU)
+cases = ['quickstart', 'head_8']  # quickstart, head_4, head_8, head_16, head_32 (the head dominates), gpt2 (124M, for a GPU), trm_small, trm_official
 nanogpt = ''                  # folder of a clone of karpathy/nanoGPT
 build_nanogpt = ''            # folder of a clone of karpathy/build-nanogpt
+trm = ''                      # folder of a clone of SamsungSAILMontreal/TinyRecursiveModels
 compile = True                # measure everyone compiled, too
 rounds = 6                    # turns of each contestant
 steps = 0                     # counted steps per turn; 0 = about three seconds' worth
@@ -56,6 +60,9 @@ ROOT = Path(__file__).resolve().parents[1]
 CASES = {'quickstart': dict(vocab=320, ids=257, n_layer=4, n_head=4, n_embd=128, B=16, T=128),
          **{f'head_{B}': dict(vocab=50304, ids=50257, n_layer=6, n_head=6, n_embd=384, B=B, T=256) for B in (4, 8, 16, 32)},
          'gpt2': dict(vocab=50304, ids=50257, n_layer=12, n_head=12, n_embd=768, B=32, T=1024)}
+TRM = {'trm_small': dict(hidden_size=64, num_heads=4, L_layers=1, H_cycles=2, L_cycles=2, B=128),  # a laptop's
+       'trm_attention': dict(hidden_size=128, num_heads=4, L_layers=2, H_cycles=3, L_cycles=4, B=16, mlp_t=False, pos_encodings='rope'),
+       'trm_official': dict(hidden_size=512, num_heads=8, L_layers=2, H_cycles=3, L_cycles=6, B=8)}  # but for the batch, 768
 
 
 def replaced(source, changes):
@@ -153,6 +160,67 @@ def contestants(case, folder):
     return found
 
 
+STUBS = {'wandb.py': """import time
+last = [time.perf_counter()]
+def log(values, step=None):
+    now = time.perf_counter()
+    if 'train/lr' in values:
+        print(f"step {step} | loss {values['train/lm_loss'] + 0.5 * values['train/q_halt_loss']:.6f} | cells {values['train/accuracy']:.4f} | "
+              f"time {1000 * (now - last[0]):.1f}ms", flush=True)
+    last[0] = now
+init = finish = Settings = lambda *args, **kwargs: None
+run = None
+""", 'adam_atan2.py': """import math, torch
+class AdamATan2(torch.optim.Optimizer):
+    def __init__(self, params, lr, betas, weight_decay):
+        super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay))
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            (b1, b2), lr = group['betas'], group['lr']
+            for p in group['params']:
+                if p.grad is None:
+                    continue
+                s = self.state[p]
+                if not s:
+                    s.update(t=0, m=torch.zeros_like(p), v=torch.zeros_like(p))
+                s['t'] += 1
+                p.mul_(1 - lr * group['weight_decay'])
+                s['m'].lerp_(p.grad, 1 - b1)
+                s['v'].mul_(b2).addcmul_(p.grad, p.grad, value=1 - b2)
+                p.add_(torch.atan2(s['m'], s['v'].sqrt() / math.sqrt(1 - b2 ** s['t'])), alpha=-lr / (1 - b1 ** s['t']))
+""", 'coolname.py': "generate_slug = lambda n: 'run'\n"}
+
+
+def trm_contestants(case, folder):
+    """As contestants, on puzzles of 81 cells."""
+    from harness import make_puzzle_data
+    c = dict(TRM[case])
+    B, mlp_t, positions = c.pop('B'), c.pop('mlp_t', True), c.pop('pos_encodings', 'none')
+    (folder / 'ours').mkdir()
+    make_puzzle_data(folder / 'ours/data', groups=500, cells=81, vocab_size=11)
+    arch = [*(f'arch.{name}={value}' for name, value in c.items()), f'arch.mlp_t={mlp_t}', f'arch.pos_encodings={positions}', f'arch.puzzle_emb_ndim={c["hidden_size"]}']
+    common = ['data_paths=[data]', 'evaluators=[]', 'epochs=1000000', 'eval_interval=500000', f'global_batch_size={B}', 'lr=1e-4', 'ema=True', 'weight_decay=1.0', *arch]
+    dtype, found = 'float32' if device == 'cpu' else 'bfloat16', {}
+    for compiled in [False, True] if compile else [False]:
+        mark = ' compiled' if compiled else ''
+        found['ours' + mark] = folder / 'ours', [ROOT / 'pretrain_trm.py', *common, f'--log_dir=run{int(compiled)}', f'--device={device}', f'--dtype={dtype}', '--log_interval=1',
+                                                 '--eval_examples=8', f'--compile={compiled}'], r' dt (\d+)ms'
+        if trm:
+            theirs = folder / f'theirs{int(compiled)}'
+            shutil.copytree(trm, theirs, ignore=shutil.ignore_patterns('.git', 'kaggle', 'assets'))
+            shutil.copytree(folder / 'ours/data', theirs / 'data')
+            for name, source in STUBS.items():
+                (theirs / name).write_text(source)
+            if device == 'cpu':
+                path = theirs / 'pretrain.py'
+                path.write_text(replaced(path.read_text(), {'.cuda()': '', 'torch.device("cuda")': 'torch.device("cpu")', 'pin_memory=True': 'pin_memory=False'}))
+            found['public code' + mark] = theirs, [*([] if compiled else ['-c', "import os, runpy, sys; os.environ['DISABLE_COMPILE'] = '1'; "
+                                                   "sys.path.insert(0, ''); sys.argv = sys.argv[1:]; runpy.run_path('pretrain.py', run_name='__main__')"]),
+                                                   'pretrain.py', 'arch=trm', *common, f'arch.forward_dtype={dtype}', '+run_name=x'], r'time ([\d.]+)ms'
+    return found
+
+
 def matrix_rate():
     """FLOP/s of this CPU's float32 matrix products, or what the GPU's maker states (see PEAK_FLOPS)."""
     import torch
@@ -172,13 +240,19 @@ def measure(case):
     import torch
 
     from model import GPT, GPTConfig
-    c = CASES[case]
+    c = TRM[case] if case in TRM else CASES[case]
     with torch.device('meta'):
-        flops = GPT(GPTConfig(c['T'], c['vocab'], c['n_layer'], c['n_head'], c['n_embd'])).flops_per_token(c['T'])
+        if case in TRM:
+            from trm import TRM as Model
+            from trm import TRMConfig
+            mine = dict(dict(mlp_t=True, pos_encodings='none'), **c, puzzle_emb_ndim=c['hidden_size'])
+            flops = Model(TRMConfig(11, 81, 1, **{name: value for name, value in mine.items() if name != 'B'})).flops_per_slot()
+        else:
+            flops = GPT(GPTConfig(c['T'], c['vocab'], c['n_layer'], c['n_head'], c['n_embd'])).flops_per_token(c['T'])
     with tempfile.TemporaryDirectory() as folder:
         running, rates = [], []
         try:
-            for name, start in contestants(case, Path(folder)).items():
+            for name, start in (trm_contestants if case in TRM else contestants)(case, Path(folder)).items():
                 running.append(Contestant(name, *start))
             for _ in range(rounds):
                 rates.append(matrix_rate())
@@ -186,13 +260,15 @@ def measure(case):
                     one.turn(steps or max(2, round(3000 / (statistics.median(one.ms) if one.ms else 1000))))
         finally:
             memory = {one.name: one.end() for one in running}
-    print(f'\n{case}: {c["n_layer"]} layers, width {c["n_embd"]}, {c["vocab"]} ids, {c["B"]} x {c["T"]} tokens a step, '
-          f'{flops / 1e6:,.1f} MFLOP per token; matrix products: {statistics.median(rates) / 1e9:,.0f} GFLOP/s')
-    speed = {one.name: c['B'] * c['T'] / statistics.median(one.ms) * 1000 for one in running}
+    units, unit = (c['B'], 'puzzles') if case in TRM else (c['B'] * c['T'], 'tok')  # of a step
+    what = ', '.join(f'{name} {value}' for name, value in c.items()) if case in TRM else (
+        f'{c["n_layer"]} layers, width {c["n_embd"]}, {c["vocab"]} ids, {c["B"]} x {c["T"]} tokens a step')
+    print(f'\n{case}: {what}, {flops / 1e6:,.1f} MFLOP per {unit.removesuffix("s")}; matrix products: {statistics.median(rates) / 1e9:,.0f} GFLOP/s')
+    speed = {one.name: units / statistics.median(one.ms) * 1000 for one in running}
     others = [name for name in speed if not name.startswith('ours')]
     best = max(others, key=speed.get) if others else ''
-    ratio = ' tok/s and memory, of the best other' if best else ''
-    print(f'| | ms per step (quartiles) | tok/s | share of the matrix rate | peak memory |{ratio} |\n|---|---|---|---|---|---|')
+    ratio = f' {unit}/s and memory, of the best other' if best else ''
+    print(f'| | ms per step (quartiles) | {unit}/s | share of the matrix rate | peak memory |{ratio} |\n|---|---|---|---|---|---|')
     for one in running:
         low, middle, high = statistics.quantiles(one.ms, n=4)
         ratio = f'{speed[one.name] / speed[best]:.2f} and {memory[one.name] / memory[best]:.2f}' if best else ''
@@ -280,6 +356,84 @@ def learn_as_nanogpt(seed, batches, lr_of):
     return losses
 
 
+def learn_as_public_trm(seed, config, weights, batches):
+    """[(loss, share of right cells in slots that halt), ...] of the public TRM model, loss and optimizer on `batches`, in its own order of a step."""
+    import torch
+    with tempfile.TemporaryDirectory() as folder:
+        for name, source in STUBS.items():
+            Path(folder, name).write_text(source)
+        sys.path[:0] = [folder, trm]
+        from adam_atan2 import AdamATan2
+        from models.losses import ACTLossHead
+        from models.recursive_reasoning.trm import TinyRecursiveReasoningModel_ACTV1 as Model
+        from models.sparse_embedding import CastedSparseEmbeddingSignSGD_Distributed as SignSGD
+        del sys.path[:2]
+    B = config['global_batch_size']
+    model = ACTLossHead(Model(dict(config, batch_size=B, H_layers=0, no_ACT_continue=True, forward_dtype='float32')), 'stablemax_cross_entropy')
+    model.load_state_dict({f'model.inner.{name}': tensor for name, tensor in weights.items()})
+    optimizers = [SignSGD(model.model.puzzle_emb.buffers(), lr=1e-3, weight_decay=0.1, world_size=1),
+                  AdamATan2(model.parameters(), lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95))]
+    torch.manual_seed(seed)  # of its exploration
+    model.train()
+    carry, found = None, []
+    for batch in batches:
+        carry = carry or model.initial_carry(batch)
+        carry, loss, metrics, _, _ = model(carry=carry, batch=batch, return_keys=[])
+        (loss / B).backward()
+        for o in optimizers:
+            o.step()
+            o.zero_grad()
+        found.append((loss.item() / B, metrics['accuracy'].item(), metrics['count'].item()))
+    return found
+
+
+SPY = """import os, runpy, sys, torch
+sys.argv.pop(0)
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+import trm
+init, refill, seen = trm.TRM.__init__, trm.TRM.refill, []
+def first(self, config):
+    init(self, config)
+    torch.save(self.state_dict(), 'first')
+def record(self, carry, rows):
+    seen.append(rows)
+    return refill(self, carry, rows)
+trm.TRM.__init__, trm.TRM.refill = first, record
+try:
+    runpy.run_path(sys.argv[0], run_name='__main__')
+finally:
+    torch.save(seen, 'seen')
+"""
+
+
+def compare_trm_learning():
+    """Three seeds of weights, batches and exploration; the public model gets our first weights and our batches."""
+    import torch
+    shape = dict(hidden_size=128, num_heads=4, L_layers=1, H_cycles=2, L_cycles=2, mlp_t=True, pos_encodings='none', puzzle_emb_ndim=128, halt_max_steps=8, expansion=4.0,
+                 puzzle_emb_len=16, halt_exploration_prob=0.1, global_batch_size=32)
+    curves = {'ours': [], 'public code': []}
+    for seed in range(3):
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, 'data').mkdir()
+            Path(folder, 'data/train').symlink_to(os.path.abspath(Path(data_root, 'train')))  # without a test set nothing is evaluated
+            common = ['--data_paths=data', f'--seed={seed}', f'--max_steps={learning_steps}', '--log_interval=1', '--device=cpu', '--lr=1e-3', '--puzzle_emb_lr=1e-3', '--lr_warmup_steps=0', *(f'--{name}={value}' for name, value in shape.items())]
+            run = subprocess.run([sys.executable, '-c', SPY, ROOT / 'pretrain_trm.py', *common], cwd=folder, capture_output=True, text=True)
+            assert run.returncode == 0, run.stderr
+            first, batches = (torch.load(Path(folder, name), weights_only=True) for name in ('first', 'seen'))
+        numbers = re.findall(r'^step \d+/.*?\| loss ([\d.]+) \| exact [\d.]+ \| cells ([\d.]+) \| halts after ([\d.]+)', run.stdout, re.MULTILINE)
+        curves['ours'].append([(float(loss), float(cells), float(cells != '0.0000')) for loss, cells, _ in numbers])
+        data = json.loads(Path(data_root, 'train/dataset.json').read_text())
+        config = dict(shape, **{name: data[name] for name in ('vocab_size', 'seq_len', 'num_puzzle_identifiers')})
+        theirs = learn_as_public_trm(seed, config, first, [dict(b, labels=b['labels'].long(), inputs=b['inputs'].int()) for b in batches[:learning_steps]])
+        curves['public code'].append([(loss, cells / max(1, count), float(count > 0)) for loss, cells, count in theirs])
+    marks = [m for m in (20, 50, 100, 200, 300, 500, 1000) if m <= learning_steps]
+    print(f'\n{data_root}: loss / share of right cells when halting, means of 20 steps; 3 seeds\n| steps | ' + ' | '.join(map(str, marks)) + ' |\n' + '|---' * (len(marks) + 1) + '|')
+    for name, runs in curves.items():
+        for steps in runs:
+            cells = [sum(c for _, c, n in steps[m - 20:m]) / max(1, sum(n for _, _, n in steps[m - 20:m])) for m in marks]
+            print(f'| {name} | ' + ' | '.join(f'{statistics.mean(loss for loss, _, _ in steps[m - 20:m]):.4f} / {c:.4f}' for m, c in zip(marks, cells, strict=True)) + ' |')
+
+
 def compare_learning():
     """Three seeds of weights and batches, both on the same batches."""
     import torch
@@ -319,9 +473,11 @@ def compare_learning():
 
 if __name__ == '__main__':
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no stopped contestant stays behind
-    if set(cases) - set(CASES):
-        fail(f'unknown cases {sorted(set(cases) - set(CASES))}, known are {", ".join(CASES)}')
-    if learning:
+    if set(cases) - {*CASES, *TRM}:
+        fail(f'unknown cases {sorted(set(cases) - {*CASES, *TRM})}, known are {", ".join((*CASES, *TRM))}')
+    if learning and trm:
+        compare_trm_learning()
+    elif learning:
         compare_learning()
     elif finetune:
         measure_finetuning()
