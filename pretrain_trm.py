@@ -18,6 +18,7 @@ Interrupted, by whatever and at whatever moment:
     python pretrain_trm.py --auto_resume            (the newest run of these data; or name it: +run_name=x)
 """
 import copy
+import glob
 import json
 import math
 import os
@@ -41,7 +42,7 @@ from configurator import LAUNCH, configure, fail, master, nearby, print0
 from model import PEAK_FLOPS, load_optimizer_state, optimizer_state, read_whole, total_norm
 from model import generator_states, on_cpu, remove, seed_generators, set_generator_states, write_whole
 from trm import IGNORE, METRICS, RECURSION, SHAPE, TRM, AdamATan2, TRMConfig, sign_sgd
-from trm import adopt_trm, arc_result, arc_vote, drawn, fit_trm, open_puzzles, read_json, read_trm
+from trm import adopt_trm, arc_result, arc_vote, drawn, fit_trm, open_puzzles, read_arc, read_trm
 
 # ---- settings ------------------------------------------------------------------------------------------------------
 # i/o
@@ -53,7 +54,7 @@ save_config = True               # write config.py, the settings file that repea
 data_paths = ['data/arc1concept-aug-1000']  # folders of puzzles (see prepare/)
 num_workers = 2                  # batches that a background thread prepares ahead; 0 = none
 global_batch_size = 768          # puzzles at work at the same time (slots), over all ranks
-grad_accumulation_steps = 1      # slices of the slots that go one after another, over all ranks: more ranks take fewer each
+grad_accumulation_steps = 1      # slices of the slots that go one after another, over all ranks: more ranks take fewer each; 0 = 1
 # model
 preset = 'trm'                   # trm | tiny; tiny fills in a small model and what goes with it, for a laptop
 arch = 'trm'                     # the only one there is
@@ -92,9 +93,10 @@ ema_rate = 0.999                 # its memory: 1 / (1 - ema_rate) steps
 freeze_weights = False           # learn nothing but the puzzles' vectors
 # evaluation
 eval_interval = 10000            # epochs between evaluations; -1 = only at the end
-eval_examples = 0                # test examples of an evaluation while training, evenly spread; 0 = all; the last one always takes all
+eval_examples = 0                # test examples of an evaluation while training, evenly spread; 0 = all; the last one takes all
+max_eval_batches = 0             # the same in batches of global_batch_size; 0 = all
 evaluators = ['auto']            # [arc@ARC] or []; auto = arc@ARC where the data have test_puzzles.json
-eval_only = False                # print the accuracy of a checkpoint on all test examples, write eval.json, exit
+eval_only = False                # print the accuracy of a checkpoint on all test examples, or eval_examples typed with it; write eval.json, exit
 # checkpoint
 checkpoint_every_eval = True     # save after every evaluation
 checkpoint_interval = -1         # steps between checkpoints besides; -1 = none, but always at the end
@@ -117,6 +119,7 @@ seed = 0                         # of weights, data order and exploration; 0 = a
 
 # ---- command line --------------------------------------------------------------------------------------------------
 config = configure(globals(), aliases={'max_lr': 'lr', 'learning_rate': 'lr', 'warmup_steps': 'lr_warmup_steps', 'lr_min_ratio': 'min_lr_ratio',
+                                       'max_grad_norm': 'grad_clip', 'save_steps': 'checkpoint_interval', 'base_checkpoint': 'load_checkpoint',
                                        'total_steps': 'max_steps', 'data_path': 'data_paths', 'forward_dtype': 'dtype', 'wandb_project': 'project_name'})
 
 # ---- run folder ----------------------------------------------------------------------------------------------------
@@ -133,9 +136,9 @@ def run_dir_of():
     """log_dir, else checkpoints/{project_name}/{run_name}. A run that nobody named is the newest where one is to be read, else a new one."""
     if log_dir and ('log_dir' in config.typed_here or not {'run_name', 'project_name'} & config.typed_here):
         return log_dir
-    runs = [os.path.join(project_dir, name) for name in (os.listdir(project_dir) if os.path.isdir(project_dir) else [])]
-    if not run_name and (auto_resume or resume or eval_only) and runs:
-        return max(runs, key=os.path.getmtime)
+    steps = [path for path in glob.glob(os.path.join(glob.escape(project_dir), '*', 'step_*')) if re.fullmatch(r'step_\d+', os.path.basename(path))]
+    if not run_name and (auto_resume or resume or eval_only) and steps:
+        return os.path.dirname(max(steps, key=os.path.getmtime))
     return os.path.join(project_dir, run_name or time.strftime('%Y%m%d_%H%M%S'))
 
 run_dir, run_dir_typed, log_name = run_dir_of(), bool({'log_dir', 'run_name', 'project_name'} & typed_now), 'log.txt'
@@ -226,8 +229,7 @@ config.fill({
                  ema=True, ema_rate=0.99, eval_interval=16, log_interval=50),
     'trm': {},
 }[preset])
-if puzzle_emb_ndim < 0:
-    config.assign('puzzle_emb_ndim', hidden_size)
+vector_size = hidden_size if puzzle_emb_ndim < 0 else puzzle_emb_ndim  # of a puzzle's own vector
 save_every, keep, permanent = checkpoint_interval, keep_last_n_checkpoints, permanent_checkpoints
 peak_lr, floor_lr, warmup, clip = lr, min_lr_ratio * lr, lr_warmup_steps, grad_clip
 schedule, cycles = lr_scheduler if decay_lr else 'constant', lr_restarts + 1
@@ -246,7 +248,7 @@ if {'epochs', 'max_steps'} <= config.typed_here and max_steps >= 0:
     fail('--epochs and --max_steps are two lengths: give one')
 if 'epochs' in typed_now and 'max_steps' not in typed_now:
     config.assign('max_steps', -1)  # a stored one
-if freeze_weights and not puzzle_emb_ndim:
+if freeze_weights and not vector_size:
     fail('--freeze_weights learns the vectors of the puzzles, and --puzzle_emb_ndim=0 has none')
 
 # ---- distributed (=) -----------------------------------------------------------------------------------------------
@@ -322,7 +324,7 @@ if read_only:
     max_steps = max(max_steps, checkpoint.get('step', 0))
 if test_data and (test_data.seq_len, test_data.vocab_size, test_data.num_puzzle_identifiers) != (data.seq_len, data.vocab_size, data.num_puzzle_identifiers):
     fail(f'{data_paths[0]}: train and test differ in seq_len, vocab_size or num_puzzle_identifiers')
-accumulation = -(-grad_accumulation_steps // world_size)  # micro-steps per step
+accumulation = -(-max(1, grad_accumulation_steps) // world_size)  # micro-steps per step
 slices = accumulation * world_size
 B = global_batch_size // slices  # slots of one
 if global_batch_size % slices:
@@ -333,8 +335,9 @@ if train_data:
     epoch_size = max(1, int(groups * train_data.examples / len(train_data.identifiers)))  # examples
     steps_per_epoch = epoch_size / global_batch_size
     if max_steps < 0:  # of this launch alone: the setting stays -1
-        max_steps = int(epochs * steps_per_epoch)
+        max_steps = epochs * epoch_size // global_batch_size
     eval_every = max(1, round(eval_interval * steps_per_epoch)) if eval_interval > 0 else -1
+    eval_every = eval_every if eval_every <= max_steps else -1
 
 @lru_cache(maxsize=2)
 def epoch_examples(epoch):
@@ -389,21 +392,20 @@ def next_batch(step, micro_step):
     return on_device(prefetched.pop(now).result())
 
 arc = os.path.isfile(os.path.join(data_paths[0], 'test_puzzles.json')) if evaluators == ['auto'] else 'arc@ARC' in evaluators
-if arc and test_data:
+if arc:
     try:
-        identifiers = [name for path in data_paths for name in read_json(os.path.join(path, 'identifiers.json'))]
-        tasks = {name: task for path in data_paths for name, task in read_json(os.path.join(path, 'test_puzzles.json')).items()}
-        if len(identifiers) != data.num_puzzle_identifiers or not tasks or data.seq_len != 900:
-            raise ValueError(f'{len(identifiers)} identifiers and {len(tasks)} tasks, expected {data.num_puzzle_identifiers} identifiers, and grids of 30 x 30')
-    except (ValueError, TypeError, AttributeError) as error:
+        identifiers, tasks = read_arc(data_paths, data.num_puzzle_identifiers)
+        if not test_data or data.seq_len != 900:
+            raise ValueError('there is no test' if not test_data else f'{data.seq_len} cells, expected 30 x 30')
+    except ValueError as error:
         fail(f'--evaluators=arc@ARC does not fit {data_paths}: {error} (--evaluators="[]" does without)')
 
 # ---- model ---------------------------------------------------------------------------------------------------------
 try:
     raw_model = TRM(TRMConfig(data.vocab_size, data.seq_len, data.num_puzzle_identifiers, forward_dtype=dtype,
-                              **{name: config[name] for name in SHAPE + RECURSION})).to(device)
-except ValueError as error:
-    fail(error)
+                              **dict({name: config[name] for name in SHAPE + RECURSION}, puzzle_emb_ndim=vector_size))).to(device)
+except (ValueError, RuntimeError, MemoryError) as error:  # the last two: a table of more puzzles than the memory holds
+    fail(f'no model of {data.num_puzzle_identifiers:,} puzzles: {str(error)[:300]}')
 judge = copy.deepcopy(raw_model, {id(table): table for table in [getattr(raw_model, 'puzzle_emb', None)] if table}) if ema else raw_model  # what is evaluated
 for p in raw_model.parameters():
     p.requires_grad_(not freeze_weights)
@@ -426,18 +428,21 @@ def state_files(run):
                      train_loader_state=loader_state(run['step']))}
 
 def load_weights(checkpoint):
-    weights, average = checkpoint['model'], checkpoint.get('ema')
+    weights, average = checkpoint['model'], checkpoint.get('ema') or {}
     if 'step' not in checkpoint or read_only:
-        weights, changes = fit_trm(weights, raw_model.config)
+        weights, changes = fit_trm(dict(weights, **(average if ema else {})), raw_model.config)
+        average = {}
         for change in changes:
             print0(f'{checkpoint_file}: {change}')
     raw_model.load_state_dict(weights)
     if ema:
-        judge.load_state_dict(dict(raw_model.state_dict(), **(average or {})))
+        judge.load_state_dict(dict(raw_model.state_dict(), **average))
 
 def load_training(checkpoint):
     """Everything else that state_files stored; ValueError if it does not belong to this data."""
     load_optimizer_state(raw_model, optimizers, checkpoint['optimizer'])  # the present decay and betas stay
+    if len(checkpoint['sums']) != len(METRICS):
+        raise ValueError(f'it sums up {len(checkpoint["sums"])} measures')
     if checkpoint['train_loader_state']['data'] != train_data.facts:
         raise ValueError(f'the data in {data_paths} changed since: resume with those, or begin a new run in another folder')
 
@@ -455,6 +460,7 @@ def load_carries():
             carry[name] = slots[begin:begin + B].to(tensor)
         loaded.append(carry)
         if not (0 <= int(carry['inputs'].min()) and int(carry['inputs'].max()) < data.vocab_size and int(carry['labels'].max()) < data.vocab_size
+                and bool(((carry['labels'] >= 0) | (carry['labels'] == IGNORE)).all())
                 and 0 <= int(carry['puzzle_identifiers'].min()) and int(carry['puzzle_identifiers'].max()) < data.num_puzzle_identifiers):
             raise ValueError('its carry holds tokens or puzzles that these data do not have')
     carries = loaded
@@ -629,36 +635,40 @@ def get_lr(step):
 if compile and judge is not raw_model:
     judge.compile()
 
+cap = eval_examples or max_eval_batches * global_batch_size  # examples; 0 = all
+
 @torch.no_grad()
 def evaluate(limit=0):
     """Accuracy on the test examples, or so many of them evenly spread, split over the ranks: after every supervision step, and at the first where
     the model would halt. A dict of plain numbers; val_loss is the cross-entropy at the halt, in nats per cell."""
     N, count = halt_max_steps, test_data.examples
     chosen = np.arange(count) if not 0 < limit < count else np.linspace(0, count - 1, limit).astype(int)
-    sums = torch.zeros(N + 1, 3, dtype=torch.float64, device=device)  # loss, share of right cells, exact; after each step, then at the halt
+    exactly = torch.float32 if device_type == 'mps' else torch.float64
+    sums = torch.zeros(N + 1, 3, dtype=exactly, device=device)  # loss, share of right cells, exact; after each step, then at the halt
     steps, votes, shown = torch.zeros((), device=device), {}, {}
     for begin in range(rank * B, len(chosen) + rank * B, B * world_size):  # as many on every rank
         numbers = np.arange(begin, begin + B)  # always a full batch, one shape for torch.compile: what is too much counts nothing
         real = torch.from_numpy(numbers < len(chosen)).to(device)
         rows = on_device(tensors_of(test_data, chosen[np.minimum(numbers, len(chosen) - 1)]))
         carry = judge.refill(judge.initial_carry(rows), rows)
-        vectors = judge.puzzle_emb.rows(carry['puzzle_identifiers']) if puzzle_emb_ndim else None
-        scores, going = torch.zeros(B, 3, dtype=torch.float64, device=device), real.clone()
+        vectors = judge.puzzle_emb.rows(carry['puzzle_identifiers']) if vector_size else None
+        scores, going = torch.zeros(B, 3, dtype=exactly, device=device), real.clone()
         for s in range(N):
             poll()
             carry, outputs = judge(carry, vectors)
-            now, q = outputs['scores'].double(), outputs['q_halt_logits']
+            now, q = outputs['scores'].to(exactly), outputs['q_halt_logits']
             sums[s] += (now * real.unsqueeze(1)).sum(0)
             halts = going & (q > 0) if s < N - 1 else going
             scores, going = torch.where(halts.unsqueeze(1), now, scores), going & ~halts
             steps = steps + (s + 1) * halts.sum()
         sums[N] += scores.sum(0)
         if arc or master and sys.stdout.isatty() and len(shown) < 2:
-            cells, inputs, labels = (t.cpu().numpy() for t in (outputs['logits'].argmax(-1), rows['inputs'], rows['labels']))
+            cells, inputs, labels, ids, q, solved = (t.float().cpu().numpy() if t.is_floating_point() else t.cpu().numpy() for t in (
+                outputs['logits'].argmax(-1), rows['inputs'], rows['labels'], rows['puzzle_identifiers'], q, now[:, 2]))
             for i in np.flatnonzero(numbers < len(chosen)):
                 if arc:
-                    arc_vote(votes, identifiers[int(rows['puzzle_identifiers'][i])], inputs[i], cells[i], float(q[i]))
-                shown.setdefault(bool(now[i, 2]), (inputs[i], cells[i], np.maximum(labels[i], 0)))
+                    arc_vote(votes, identifiers[ids[i]], inputs[i], cells[i], float(q[i]))
+                shown.setdefault(bool(solved[i]), (inputs[i], cells[i], np.maximum(labels[i], 0)))
     found = everyone((sums.cpu(), steps.item(), votes))
     sums, steps = sum(f[0] for f in found) / len(chosen), sum(f[1] for f in found) / len(chosen)
     report = dict(val_loss=sums[N, 0].item(), cell_accuracy=sums[N, 1].item(), exact_accuracy=sums[N, 2].item(), halting_steps=steps,
@@ -699,7 +709,7 @@ def write_beside(folder, files):
 
 if read_only:
     step = checkpoint.get('step', 0)
-    report = evaluate()
+    report = evaluate(cap if {'eval_examples', 'max_eval_batches'} & config.typed_here else 0)
     say(step, report)
     folder = run_dir if run_dir_typed and 'load_checkpoint' in config.typed_here else os.path.dirname(os.path.normpath(checkpoint_file))
     submission = {'submission.json': report.pop('submission')} if arc else {}
@@ -709,13 +719,15 @@ if read_only:
 
 # ---- training loop -------------------------------------------------------------------------------------------------
 plain = {**{name: config[name] for name in config if name not in SHAPE + RECURSION + LAUNCH}, 'lr_min_ratio': min_lr_ratio, 'checkpoint_path': run_dir}
-lines = ['arch:', '  name: recursive_reasoning.trm@TinyRecursiveReasoningModel_ACTV1', *(f'  {name}: {json.dumps(config[name])}' for name in SHAPE + RECURSION),
-         f'  forward_dtype: {dtype}', *(f'{name}: {json.dumps(value)}' for name, value in sorted(plain.items()))]  # JSON values are YAML ones
+arch_values = dict({name: config[name] for name in SHAPE + RECURSION}, puzzle_emb_ndim=vector_size, forward_dtype=dtype)
+lines = ['arch:', '  name: recursive_reasoning.trm@TinyRecursiveReasoningModel_ACTV1',
+         *(f'  {name}: {json.dumps(value)}' for name, value in arch_values.items()), *(f'{name}: {json.dumps(value)}' for name, value in sorted(plain.items()))]
+lines = [re.sub(r'(: -?\d)(e-\d+)$', r'\1.0\2', line) for line in lines]  # JSON values are YAML ones, but for 1e-05
 write_beside(run_dir, {'all_config.yaml': ('\n'.join(lines) + '\n').encode()} if save_config else {})
 describe = ['git', '-C', os.path.dirname(os.path.abspath(__file__)), 'describe', '--always', '--dirty']
 commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip() if shutil.which('git') else ''
 log('settings given: ' + ' '.join(f'{name}={value!r}' for name, value in config.typed().items()), prefix='# ', show=False)
-table_size = raw_model.puzzle_emb.weights.numel() if puzzle_emb_ndim else 0
+table_size = raw_model.puzzle_emb.weights.numel() if vector_size else 0
 for line in (
     f'{sum(p.numel() for p in raw_model.parameters()):,} parameters in {L_layers} {"mlp_t" if mlp_t else "attention"} layer(s) of width {hidden_size}, '
     f'and {table_size:,} numbers in the vectors of {data.num_puzzle_identifiers:,} puzzles' + ', weights frozen' * freeze_weights,
@@ -729,6 +741,7 @@ for line in (
                           f'weights from {checkpoint_file}' if checkpoint else f'new, random initialisation, seed {seed}'),
 ):
     log(line, prefix='# ')
+checkpoint = None  # its tensors have been copied
 flops_per_step = raw_model.flops_per_slot() * global_batch_size
 seconds, timed_steps = 0.0, 0
 for step in range(start_step, max_steps + 1):
@@ -737,7 +750,7 @@ for step in range(start_step, max_steps + 1):
     snapshot = take_snapshot()
     evaluating = test_data and (eval_every > 0 and step % eval_every == 0 or last)
     if evaluating and (step > start_step or not top_done):
-        report = evaluate(0 if last else min(eval_examples or 1000, 1000) if step == 0 else eval_examples)  # the untrained one: a look is enough
+        report = evaluate(0 if last else min(cap or 1000, 1000) if step == 0 else cap)  # of the untrained one a look is enough
         say(step, report)
         progress['val_loss'] = report['val_loss']
         if not math.isfinite(progress['val_loss']):
@@ -770,19 +783,19 @@ for step in range(start_step, max_steps + 1):
         least = rows.pop('least')
         net.require_backward_grad_sync = micro_step == accumulation - 1  # before the forward: DDP reads it there
         carry = raw_model.refill(carries[micro_step], rows)
-        vectors = raw_model.puzzle_emb.rows(carry['puzzle_identifiers']) if puzzle_emb_ndim else None
+        vectors = raw_model.puzzle_emb.rows(carry['puzzle_identifiers']) if vector_size else None
         carry, outputs = net(carry, vectors, least)
         loss = outputs['loss'] / global_batch_size  # over the global count: every slot weighs the same
         (loss * world_size).backward()  # DDP divides by world_size
         loss_sum, sums = loss_sum + loss.detach(), sums + outputs['sums']
         after.append(carry)
-        if puzzle_emb_ndim:
+        if vector_size:
             used.append((carry['puzzle_identifiers'], vectors.grad / world_size))
         if log_level == 'DEBUG':
             print0(f'step {step + 1} micro-step {micro_step + 1}/{accumulation} | loss {loss.item() * slices:.6f} '
                    f'| {1000 * (time.perf_counter() - started):.0f}ms')
     gradients = [p.grad for p in parameters]
-    if puzzle_emb_ndim:  # the vectors' gradients, of the slots of all ranks
+    if vector_size:  # the vectors' gradients, of the slots of all ranks
         used = [torch.cat(tensors) for tensors in zip(*used, strict=True)]
         if ddp:
             gathered = [[torch.empty_like(tensor) for _ in range(world_size)] for tensor in used]
@@ -793,7 +806,7 @@ for step in range(start_step, max_steps + 1):
     reporting = (step + 1) % log_interval == 0 or step == 0 or step + 1 == max_steps
     norms = ''
     if log_gradients and reporting:  # of every part of the model, before clipping
-        parts = {'puzzle_emb': gradients[-1:]} if puzzle_emb_ndim else {}
+        parts = {'puzzle_emb': gradients[-1:]} if vector_size else {}
         for name, p in raw_model.named_parameters():
             if p.requires_grad:
                 parts.setdefault(re.match(r'L_level\.layers\.(\d+\.\w+)|(\w+)', name)[0], []).append(p.grad)
@@ -807,7 +820,7 @@ for step in range(start_step, max_steps + 1):
     if not math.isfinite(step_loss) or not math.isfinite(step_norm):
         fail(f'step {step + 1}: loss {step_loss}, gradient norm {step_norm}; stopped before the update, no checkpoint holds it '
              '(try a lower lr or more lr_warmup_steps)', 1)
-    if puzzle_emb_ndim and puzzle_emb_lr > 0:
+    if vector_size and puzzle_emb_lr > 0:
         sign_sgd(raw_model.puzzle_emb.weights, *used, puzzle_emb_lr * scale, puzzle_emb_weight_decay)
     for o in optimizers:
         o.step()

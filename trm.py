@@ -55,7 +55,7 @@ class TRMConfig:
 
     def check(self):
         """ValueError with a sentence if these numbers make no model."""
-        if self.hidden_size % self.num_heads or self.hidden_size // self.num_heads % 2 and self.pos_encodings == 'rope':
+        if not self.mlp_t and (self.hidden_size % self.num_heads or self.hidden_size // self.num_heads % 2 and self.pos_encodings == 'rope'):
             raise ValueError(f'hidden_size {self.hidden_size} must be num_heads {self.num_heads} times a number, an even one for rope')
         if self.pos_encodings not in ('rope', 'learned', 'none'):
             raise ValueError(f'pos_encodings {self.pos_encodings!r}: expected rope, learned or none')
@@ -459,7 +459,12 @@ def read_trm(path):
         raise ValueError('its entries are not those of a Tiny Recursive Model')
     config = found['config'] if isinstance(found.get('config'), dict) else _arch_of(os.path.join(os.path.dirname(path), 'all_config.yaml'))
     kinds = {field.name: field.type for field in fields(TRMConfig)}
+    for name in ('rope_theta', 'rms_norm_eps'):
+        if config.get(name, getattr(TRMConfig, name)) != getattr(TRMConfig, name):
+            raise ValueError(f'its {name} is {config[name]!r}, here it is always {getattr(TRMConfig, name)}')
     config = {name: float(value) if kinds[name] is float and type(value) is int else value for name, value in config.items() if name in SHAPE + RECURSION}
+    if config.get('puzzle_emb_ndim') == -1:
+        del config['puzzle_emb_ndim']
     for name, value in config.items():
         if type(value) is not kinds[name]:
             raise ValueError(f'its {name} is {value!r}')
@@ -558,6 +563,33 @@ def drawn(inputs, cells, labels, vocab_size):
 PASS_AT = (1, 2, 5, 10, 100, 1000)
 
 
+def read_arc(folders, count):
+    """(names of the `count` identifiers, {name of a test task: task}) of folders of prepare/arc.py; ValueError says what is wrong with them."""
+    identifiers, tasks = [], {}
+    for folder in folders:
+        names, puzzles = (read_json(os.path.join(folder, name)) for name in ('identifiers.json', 'test_puzzles.json'))
+        if not isinstance(names, list) or not isinstance(puzzles, dict):
+            raise ValueError(f'{folder}: expected a list in identifiers.json and an object in test_puzzles.json')
+        for i, name in enumerate(names):
+            how = re.fullmatch(r'[^|]*(?:\|\|\|t[0-7]\|\|\|(\d{10}))?', name) if isinstance(name, str) else None
+            if not how or how[1] and sorted(how[1]) != list('0123456789'):
+                raise ValueError(f'{folder}/identifiers.json: number {i} is {name!r:.80}')
+        for name, task in puzzles.items():
+            pairs = task.get('test') if isinstance(task, dict) else None
+            grids = [pair.get(key) for pair in pairs if isinstance(pair, dict) for key in ('input', 'output')] if isinstance(pairs, list) else []
+            if not grids or len(grids) != 2 * len(pairs) or name in tasks or not all(
+                    isinstance(grid, list) and 1 <= len(grid) <= 30 and all(
+                        isinstance(row, list) and 1 <= len(row) == len(grid[0]) <= 30 and all(type(cell) is int and 0 <= cell <= 9 for cell in row)
+                        for row in grid) for grid in grids):
+                why = 'is in another folder too' if name in tasks else 'has no grids in its test'
+                raise ValueError(f'{folder}/test_puzzles.json: task {name!r:.80} {why}')
+        identifiers += names
+        tasks.update(puzzles)
+    if len(identifiers) != count or not tasks:
+        raise ValueError(f'{len(identifiers)} identifiers and {len(tasks)} test tasks, expected {count} identifiers')
+    return identifiers, tasks
+
+
 def arc_grid(tokens):
     """The grid (rows, columns) uint8 of colours in (900,) tokens: the largest rectangle from the upper left corner that holds nothing but colours."""
     board = np.asarray(tokens).reshape(30, 30)
@@ -597,7 +629,7 @@ def arc_result(votes, tasks):
         submission[name] = []
         for pair in task['test']:
             found = votes.get((name, grid_key(np.array(pair['input']))), {})
-            ranked = sorted(found, key=lambda key: (found[key][0], found[key][1] / found[key][0]), reverse=True)
+            ranked = sorted(found, key=lambda key: (-found[key][0], -found[key][1] / found[key][0], key))  # the last: whatever the ranks
             answer = grid_key(np.array(pair['output']))
             for k in PASS_AT:
                 right[k] += (answer in ranked[:k]) / len(task['test'])

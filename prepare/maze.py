@@ -36,7 +36,7 @@ from prepare.fineweb import download_bytes, one_line_errors, write_json
 
 output_dir = 'data/maze-30x30-hard-1k'  # folder to write
 input = ''         # a csv with the columns question and answer for training; '' = download Maze-Hard
-test_input = ''    # the same for the test
+test_input = ''    # the same for the test; '' = download it, or with --input a tenth of that
 subsample_size = 0  # training mazes, a random choice; 0 = all
 aug = False        # train on the 8 rotations and mirror images of each maze
 generate = False   # make mazes instead of reading them
@@ -46,8 +46,7 @@ train_size = 10000  # generated mazes for training
 test_size = 1000   # generated mazes for the test
 seed = 0           # of the choice and of the generated mazes
 
-if __name__ == '__main__':
-    configure(globals())
+given = configure(globals()).given if __name__ == '__main__' else set()
 
 URL = 'https://huggingface.co/datasets/sapientinc/maze-30x30-hard-1k/resolve/main/{}.csv'
 CELLS = '# SGo'
@@ -69,8 +68,10 @@ INVERSE = (0, 3, 2, 1, 4, 5, 6, 7)  # dihedral(dihedral(grid, k), INVERSE[k]) is
 
 def new_folder(output_dir):
     """The folder in which everything is built; finish_folder gives it its name. A folder that is none of ours is not replaced."""
-    final, folder = Path(output_dir), Path(f'{output_dir}.tmp')
-    if final.is_dir() and any(final.iterdir()) and not (final / 'manifest.json').exists():
+    final = Path(output_dir)
+    folder = final.with_name(final.name + '.tmp')
+    ours = (final / 'manifest.json').exists() and (final / 'train/dataset.json').exists()
+    if final.is_symlink() or final.exists() and not final.is_dir() or final.is_dir() and any(final.iterdir()) and not ours:
         fail(f'{final} holds something else: choose another --output_dir')
     if folder.exists():
         shutil.rmtree(folder)
@@ -210,6 +211,9 @@ def make(n, count):
 
 
 def main():
+    reading, making = {'input', 'test_input', 'subsample_size'}, {'size', 'min_path', 'train_size', 'test_size'}
+    for name in sorted(given & (reading if generate else making)):  # nothing that was typed may be without effect
+        fail(f'--{name} ' + ('reads files: it does not go with --generate' if generate else 'is for --generate'))
     if generate:
         questions, answers = make(size, train_size + test_size)
         splits = {'train': (questions[:train_size], answers[:train_size]), 'test': (questions[train_size:], answers[train_size:])}
@@ -217,10 +221,20 @@ def main():
     else:
         splits = {}
         for split, path in (('train', input), ('test', test_input)):
+            if split == 'test' and input and not path:
+                order = np.random.default_rng([seed, 1]).permutation(len(splits['train'][0]))
+                cut = len(order) // 10
+                if not cut:
+                    fail(f'{input}: {len(order)} mazes are too few to hold out a tenth: name others with --test_input')
+                splits = {part: tuple(grids[chosen] for grids in splits['train']) for part, chosen in (('train', order[cut:]), ('test', order[:cut]))}
+                break
             if path and not os.path.isfile(path):
                 fail(f'--input: {path} does not exist')
             splits[split] = read_csv(Path(path).read_bytes() if path else download_bytes(URL.format(split)), path or URL.format(split))
         source = input or URL
+    known = {maze.tobytes() for maze in splits['train'][0]}
+    if both := [i for i, maze in enumerate(splits['test'][0], 1) if maze.tobytes() in known]:
+        fail(f'{len(both)} test mazes are training mazes too, the first is number {both[0]}')
     if len({grids.shape[1:] for pair in splits.values() for grids in pair}) > 1:
         fail('training and test mazes differ in size')
     if 0 < subsample_size < len(splits['train'][0]):

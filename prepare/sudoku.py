@@ -47,8 +47,7 @@ train_size = 2000         # generated puzzles for training
 test_size = 500           # generated puzzles for the test
 seed = 0                  # of the choice, the copies and the generated puzzles; 0 = a seed like any other
 
-if __name__ == '__main__':
-    configure(globals())
+given = configure(globals()).given if __name__ == '__main__' else set()
 
 URL = 'https://huggingface.co/datasets/sapientinc/sudoku-extreme/resolve/main/{}.csv'
 BOXES = {4: (2, 2), 6: (2, 3), 9: (3, 3)}  # rows and columns of a box
@@ -255,6 +254,9 @@ def with_copies(puzzles, solutions, copies, forbidden, generator):
 
 
 def main():
+    reading, making = {'input', 'test_input', 'subsample_size', 'min_difficulty'}, {'size', 'train_size', 'test_size'}
+    for name in sorted(given & (reading if generate else making)):  # nothing that was typed may be without effect
+        fail(f'--{name} ' + ('reads files: it does not go with --generate' if generate else 'is for --generate'))
     copies = num_aug if num_aug >= 0 else 0 if generate else 1000
     generator, forbidden = np.random.default_rng([seed, 1]), set()
     if generate:
@@ -283,6 +285,12 @@ def main():
         both = sum(puzzle.tobytes() in known for puzzle in splits['test'][0])
         if both:
             fail(f'{both} test puzzles are training puzzles too (the first: {[p.tobytes() in known for p in splits["test"][0]].index(True) + 1})')
+        if splits['test'][0].shape[1] < 9:  # so few that copies of training puzzles meet those of the test
+            forbidden = {solution.tobytes() for solution in splits['test'][1]}
+            kept = [i for i, solution in enumerate(splits['train'][1]) if solution.tobytes() not in forbidden]
+            if not kept:
+                fail(f'{source}: every training puzzle has the solution of a test puzzle')
+            splits['train'] = tuple(grids[kept] for grids in splits['train'])
     folder = new_folder(output_dir)
     for split, (puzzles, solutions) in splits.items():
         more = copies if split == 'train' else 0

@@ -49,8 +49,8 @@ def test_epochs_become_steps(trains, tmp_path):
     assert 'an epoch is 8 of them, 1.33 steps: 12 steps, evaluated every 5' in run.out
     assert [int(s) for s in re.findall(r'^step (\d+)/12 \| val loss', run.out, re.MULTILINE)] == [0, 5, 10, 12]
     assert sorted(name for name in os.listdir(tmp_path / 'run') if name.startswith('step_')) == ['step_10', 'step_12', 'step_5', 'step_best']
-    run = trains('--epochs=4', '--eval_interval=1000000', '--log_dir=two', base=base).ok()
-    assert [int(s) for s in re.findall(r'^step (\d+)/2 \| val loss', run.out, re.MULTILINE)] == [] or run.out.count('val loss') == 3
+    run = trains('--epochs=4', '--eval_interval=1000000', '--global_batch_size=6', '--log_dir=two', base=base).ok()  # more than there are: at the end
+    assert re.findall(r'^step (\d+)/(\d+) \| val loss', run.out, re.MULTILINE) == [('5', '5')]
 
 
 @pytest.mark.parametrize('args, told', [
@@ -169,9 +169,12 @@ def test_the_evaluation_is_that_of_a_plain_loop(trains, tmp_path):
     assert {name: value for name, value in again.items() if isinstance(value, float)} == pytest.approx({n: v for n, v in report.items() if isinstance(v, float)}, abs=1e-6)
 
 
-def test_eval_examples_spares_the_training_not_the_end(trains):
+def test_eval_examples_spares_the_training_not_the_end(trains, tmp_path):
     run = trains('--eval_examples=2').ok()
     assert re.findall(r'^step (\d)/4 \| val loss.*\| (\d+) examples', run.out, re.MULTILINE) == [('0', '2'), ('2', '2'), ('4', '6')]
+    for args, count in (([], 6), (['--eval_examples=3'], 3), (['--max_eval_batches=1', '--eval_examples=0'], 6)):
+        trains('--eval_only', *args, base=['--log_dir=run']).ok()
+        assert json.loads((tmp_path / 'run/eval.json').read_text())['examples'] == count
 
 
 def test_without_a_test_set(trains, tmp_path):
@@ -268,11 +271,13 @@ def test_the_vectors_of_the_puzzles_learn_at_their_own_rate(trains, tmp_path):
 def test_twenty_steps_in_slices_and_on_ranks(trains, tmp_path):
     """Uneven puzzles, several halts: in float64 the weights agree to 1e-6."""
     double = EAGER + 'torch.set_default_dtype(torch.float64)'
-    found = []
+    found, norms = [], []
     for ranks, slices in ((0, 1), (0, 4), (2, 1), (2, 4)):
         out = f'r{ranks}s{slices}'
-        trains('--max_steps=20', f'--grad_accumulation_steps={slices}', f'--log_dir={out}', '--eval_interval=-1', '--ema', prelude=double, ranks=ranks).ok()
+        run = trains('--max_steps=20', f'--grad_accumulation_steps={slices}', f'--log_dir={out}', '--eval_interval=-1', '--ema', prelude=double, ranks=ranks).ok()
         found.append(load(tmp_path / out / 'step_20'))
+        norms.append(column(run, 'norm'))
+    assert all(norm == pytest.approx(norms[0], abs=0.011) for norm in norms) and max(norms[0]) > 0.1
     for other in found[1:]:
         for part in ('model', 'ema'):
             for name, tensor in found[0][part].items():
@@ -308,6 +313,32 @@ def test_folders_of_runs(trains, tmp_path):
     assert '--auto_resume' in trains('+run_name=mine', base=base).one_line(2)
     run = trains('--resume', '--checkpoint_path=checkpoints/Data-ACT-torch/mine/step_2', base=[]).ok()
     assert 'resumed from checkpoints/Data-ACT-torch/mine/step_2' in run.out and os.listdir(tmp_path / 'checkpoints/P') == [dated]
+
+
+def test_the_newest_run_is_the_one_with_the_newest_checkpoint(trains, tmp_path):
+    base = [word for word in BASE if not word.startswith('--log_dir')]
+    for name in 'ab':
+        trains(f'+run_name={name}', base=base).ok()
+    trains('--eval_only', '+run_name=a', base=['--data_paths=data']).ok()  # writes there, trains nothing
+    (tmp_path / 'checkpoints/Data-ACT-torch/c').mkdir()  # ended before its first checkpoint
+    assert 'resumed from checkpoints/Data-ACT-torch/b/step_4' in trains('--auto_resume', '--max_steps=6', base=base).ok().out
+
+
+def test_a_vector_that_is_not_a_number(trains, tmp_path):
+    """Of the gradients, those of the puzzles' vectors alone."""
+    prelude = """
+import trm, math
+real, calls = trm.PuzzleTable.rows, []
+def rows(self, ids):
+    found = real(self, ids)
+    calls.append(1)
+    if len(calls) == 13:
+        found.register_hook(lambda g: g * math.nan)
+    return found
+trm.PuzzleTable.rows = rows
+"""
+    err = trains('--grad_accumulation_steps=4', '--eval_interval=-1', prelude=prelude).one_line(1)
+    assert 'step 4' in err and not (tmp_path / 'run/step_4').exists()
 
 
 def test_a_clock_that_differs_between_the_ranks(trains, tmp_path):
@@ -405,6 +436,40 @@ def test_other_tables_and_vocabularies_are_fitted_and_said(trains, tmp_path):
     assert torch.allclose(weights['lm_head.weight'][5:], old['lm_head.weight'].mean(0).expand(2, 16), atol=1e-6)
 
 
+def test_an_average_is_fitted_too(trains, tmp_path):
+    trains('--ema', '--ema_rate=0.5').ok()
+    make_puzzle_data(tmp_path / 'other', groups=2, vocab_size=7)
+    run = trains('--eval_only', '--load_checkpoint=run/step_4', base=['--data_paths=other']).ok()
+    assert '5 -> 7 rows' in run.out
+
+
+def test_constants_that_differ_are_told(trains, tmp_path):
+    public(tmp_path)
+    path = tmp_path / 'public/all_config.yaml'
+    path.write_text(path.read_text().replace('arch:\n', 'arch:\n  rms_norm_eps: 1.0e-05\n  rope_theta: 10000.0\n'))
+    common = ['--data_paths=data', '--multiple_of=16', '--load_checkpoint=public/step_7', '--eval_only', '--log_dir=out']
+    trains(base=common).ok()
+    path.write_text(path.read_text().replace('10000.0', '5000.0'))
+    assert 'rope_theta is 5000.0' in trains(base=common).one_line(2)
+
+
+def test_mlp_t_needs_no_heads(trains):
+    trains('--mlp_t', '--pos_encodings=none', '--hidden_size=18', '--num_heads=4', '--max_steps=1').ok()
+
+
+def test_a_settings_file_leaves_what_is_derived_open(trains, tmp_path):
+    trains('--max_steps=1').ok()
+    trains('run/config.py', '--hidden_size=8', '--log_dir=two', base=[]).ok()
+    assert load(tmp_path / 'two/step_1')['model']['puzzle_emb.weights'].shape == (9, 8)
+
+
+def test_more_puzzles_than_memory(trains, tmp_path):
+    for split in ('train', 'test'):
+        path = tmp_path / f'data/{split}/dataset.json'
+        path.write_text(json.dumps(dict(json.loads(path.read_text()), num_puzzle_identifiers=2 ** 31 - 1, seq_len=9)))
+    assert '2,147,483,647 puzzles' in trains('--puzzle_emb_ndim=8192', '--puzzle_emb_len=512').one_line(2)
+
+
 def test_mlp_t_is_bound_to_its_length(trains, tmp_path):
     public(tmp_path, mlp_t=True, pos_encodings='none', yaml=False)
     make_puzzle_data(tmp_path / 'other', cells=16)
@@ -436,6 +501,8 @@ def test_all_config_yaml_is_yaml(trains, tmp_path):
     text = (tmp_path / 'run/all_config.yaml').read_text()
     values = trm._arch_of(str(tmp_path / 'run/all_config.yaml'))
     assert values['hidden_size'] == 16 and values['mlp_t'] is False and values['pos_encodings'] == 'rope' and values['expansion'] == 4.0
+    trains('--lr=1e-5', '--log_dir=two').ok()
+    assert '\nlr: 1.0e-05\n' in (tmp_path / 'two/all_config.yaml').read_text()
     assert 'lr: 0.01\n' in text and 'data_paths: ["data"]\n' in text and 'ema: false\n' in text
     stored = load(tmp_path / 'run/step_4')
     torch.save({f'_orig_mod.model.inner.{name}': tensor for name, tensor in stored['model'].items()}, tmp_path / 'run/step_4')
@@ -473,9 +540,17 @@ def test_arc_from_its_files_to_a_submission(launcher, tmp_path):
     assert {f'pass@{k}' for k in trm.PASS_AT} <= report.keys() and report['examples'] == 3 * 4
     run = launcher.run('pretrain_trm.py', [*base, '--log_dir=none', 'evaluators=[]'], cwd=tmp_path).ok()
     assert 'ARC pass' not in run.out and not (tmp_path / 'none/submission.json').exists()
-    (tmp_path / 'data/arc/identifiers.json').write_text('["<blank>"]')
-    run = launcher.run('pretrain_trm.py', [*base, '--log_dir=none2'], cwd=tmp_path)
-    assert 'does not fit' in run.one_line(2)
+    names = json.loads((tmp_path / 'data/arc/identifiers.json').read_text())
+    grid = dict(input=[[1]], output=[[1]])
+    for wrong in (['<blank>'], {}, ['x|||t0', *names[1:]], ['x|||t9|||0123456789', *names[1:]], ['x|||t1|||0123456788', *names[1:]], [7, *names[1:]], 'tasks',
+                  dict(t=dict(train=[])), dict(t=dict(test=[])), dict(t=dict(test=[dict(input=[[1]])])), dict(t=dict(test=[dict(grid, output=[[1], [1, 2]])])),
+                  dict(t=dict(test=[grid, 3])), dict(t=dict(test=[dict(grid, input=[[10]])])), dict(t=dict(test=[dict(grid, input=[])])), {}, []):
+        name = 'identifiers.json' if isinstance(wrong, list) and wrong else 'test_puzzles.json'
+        before = (tmp_path / 'data/arc' / name).read_text()
+        (tmp_path / 'data/arc' / name).write_text(json.dumps(wrong))
+        assert 'does not fit' in launcher.run('pretrain_trm.py', [*base, '--log_dir=none2'], cwd=tmp_path).one_line(2), wrong
+        (tmp_path / 'data/arc' / name).write_text(before)
+    assert not (tmp_path / 'none2').exists()
 
 
 # ---- every command of guide 002, with a tiny model and two steps

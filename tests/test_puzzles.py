@@ -95,7 +95,8 @@ def test_mazes_that_cannot_be_made(tmp_path):
 def test_mazes_of_a_csv_with_all_their_images(tmp_path):
     rows = [('x', 'S #  #G  ', 'So# o#Go ', 1), ('x', 'S  ## G  ', 'Soo##oG  ', 1)]
     path = write_csv(tmp_path / 'in.csv', rows)
-    prepare('maze', f'--input={path}', f'--test_input={path}', '--aug', '--output_dir=a', cwd=tmp_path)
+    test = write_csv(tmp_path / 'test.csv', [('x', ' S  ##G  ', ' So ##Goo'.replace('Goo', 'G o'), 1), ('x', 'SG  ##   ', 'SG  ##   ', 1)])
+    prepare('maze', f'--input={path}', f'--test_input={test}', '--aug', '--output_dir=a', cwd=tmp_path)
     found, facts = arrays(tmp_path / 'a', 'train')
     assert found['inputs'].shape == (16, 9) and found['group_indices'].tolist() == [0, 8, 16] and facts['total_puzzles'] == 16
     first = np.array(['# SGo'.index(cell) + 1 for cell in rows[0][1]]).reshape(3, 3)
@@ -120,6 +121,50 @@ def test_a_folder_of_something_else_is_not_replaced(tmp_path):
     assert (tmp_path / 'a' / 'mine').read_text() == 'x'
 
 
+def test_a_folder_with_a_slash_a_link_or_other_data(tmp_path):
+    args = ('--generate', '--size=5', '--train_size=5', '--test_size=5')
+    for _ in range(2):  # made, and made anew
+        prepare('maze', *args, '--output_dir=out/a/', cwd=tmp_path)
+    assert arrays(tmp_path / 'out/a', 'train')[0]['inputs'].shape == (5, 25) and os.listdir(tmp_path / 'out') == ['a']
+    (tmp_path / 'link').symlink_to('out/a')
+    (tmp_path / 'shards').mkdir()
+    (tmp_path / 'shards/manifest.json').write_text('{}')  # of another script of prepare/
+    for name in ('link', 'shards'):
+        assert 'choose another' in prepare('maze', *args, f'--output_dir={name}', cwd=tmp_path, code=2)
+    assert os.listdir(tmp_path / 'shards') == ['manifest.json']
+
+
+@pytest.mark.parametrize('name, args, told', [
+    ('maze', ['--generate', '--input=x.csv'], '--input'), ('maze', ['--size=5'], '--size'), ('sudoku', ['--generate', '--subsample_size=5'], '--subsample_size'),
+    ('sudoku', ['--test_size=5'], '--test_size'), ('sudoku', ['--generate', '--size=5'], '4, 6 or 9')])
+def test_nothing_typed_is_without_effect(tmp_path, name, args, told):
+    assert told in prepare(name, *args, '--output_dir=a', cwd=tmp_path, code=2)
+
+
+def test_mazes_without_a_test_file_hold_out_a_tenth(tmp_path):
+    prepare('maze', '--generate', '--size=5', '--train_size=30', '--test_size=5', '--output_dir=a', cwd=tmp_path)
+    found, _ = arrays(tmp_path / 'a', 'train')
+    rows = [('x', *(''.join('?# SGo'[t] for t in found[name][i]) for name in ('inputs', 'labels')), 1) for i in range(30)]
+    path = write_csv(tmp_path / 'in.csv', rows)
+    prepare('maze', f'--input={path}', '--output_dir=b', cwd=tmp_path)
+    train, test = (arrays(tmp_path / 'b', split)[0]['inputs'] for split in ('train', 'test'))
+    assert len(train) == 27 and len(test) == 3
+    assert {row.tobytes() for row in train} | {row.tobytes() for row in test} == {row.tobytes() for row in found['inputs']}
+    assert 'training mazes too' in prepare('maze', f'--input={path}', f'--test_input={path}', '--output_dir=b', cwd=tmp_path, code=2)
+
+
+def test_copies_of_small_sudoku_of_a_csv_do_not_meet_the_test(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = []
+    for _ in range(60):
+        solution = sudoku.new_solution(4, rng)
+        rows.append(('x', ''.join(map(str, sudoku.new_puzzle(solution, rng).flat)), ''.join(map(str, solution.flat)), 1))
+    path = write_csv(tmp_path / 'in.csv', list(dict.fromkeys(rows)))
+    prepare('sudoku', f'--input={path}', '--num_aug=50', '--output_dir=a', cwd=tmp_path)
+    train, test = ({row.tobytes() for row in arrays(tmp_path / 'a', split)[0]['labels']} for split in ('train', 'test'))
+    assert test and not train & test
+
+
 @pytest.mark.skipif(not SHARED.is_dir(), reason='the real data are not here')
 def test_maze_hard(tmp_path):
     prepare('maze', *(f'--{name}={SHARED}/maze/maze-30x30-hard-1k_{split}.csv' for name, split in (('input', 'train'), ('test_input', 'test'))),
@@ -140,7 +185,7 @@ def test_maze_hard(tmp_path):
 
 
 # ---- Sudoku
-@pytest.mark.parametrize('size, train, test', [(4, 60, 20), (6, 6, 3), (9, 2, 2)])
+@pytest.mark.parametrize('size, train, test', [(4, 250, 60), (6, 6, 3), (9, 2, 2)])
 def test_generated_sudoku(tmp_path, size, train, test):
     args = ('--generate', f'--size={size}', f'--train_size={train}', f'--test_size={test}', '--num_aug=3')
     for out in ('a', 'b'):
@@ -245,7 +290,7 @@ def undone_examples(folder, split):
                 part = board[corner[0][0]:, corner[0][1]:]
                 new[:part.shape[0], :part.shape[1]] = part
             grids = [trm.arc_undone(identifiers[found['puzzle_identifiers'][p]], trm.arc_grid(board.ravel())) for board in moved]
-            yield grids[0][0], *(grid.tolist() for _, grid in grids), bool(corner[0].any())
+            yield grids[0][0], *(grid.tolist() for _, grid in grids), p if corner[0].any() else -1
 
 
 def test_arc(tmp_path):
@@ -269,8 +314,9 @@ def test_arc(tmp_path):
             expected = (task['train'] if split == 'train' else []) + (task['test'] if (split == 'train') == (name[0] == 't') else [])
             got = [(q, a) for n, q, a, _ in undone if n == name]
             assert got == [(pair['input'], pair['output']) for pair in expected] * 7, name
-        assert any(moved for *_, moved in undone) == (split == 'train')
-        assert split == 'test' or not all(moved for *_, moved in undone)
+        moved = [p for *_, p in undone if p >= 0]  # the puzzles of examples that are not where they were
+        assert bool(moved) == (split == 'train')
+        assert all(moved.count(p) < size for p, size in enumerate(np.diff(found['puzzle_indices'])))  # one of each is
     train, test = (arrays(tmp_path / 'a', split)[0]['puzzle_identifiers'] for split in ('train', 'test'))
     assert set(test) < set(train) and len(set(train)) == 56  # a task's test has the identifiers of its demonstrations
 
