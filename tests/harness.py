@@ -87,9 +87,11 @@ class Launcher:
     def start(self, script, args, cwd, ranks=0, prelude='', env=None, files_limit=0):
         """Start a run; ranks 0 = as plain `python script`, else that many processes as torchrun would start them."""
         run = Run(self, Path(cwd))
-        with socket.socket() as s:
-            s.bind(('127.0.0.1', 0))
-            port = s.getsockname()[1]
+        worker, port = int(os.environ.get('PYTEST_XDIST_WORKER', 'gw0')[2:]), -1
+        while port % 8 != worker % 8:  # no two test processes take the same one
+            with socket.socket() as s:
+                s.bind(('127.0.0.1', 0))
+                port = s.getsockname()[1]
         for rank in range(max(1, ranks)):
             rank_env = dict(env or {})
             if ranks:
