@@ -199,17 +199,19 @@ def trm_contestants(case, folder):
     B, mlp_t, positions = c.pop('B'), c.pop('mlp_t', True), c.pop('pos_encodings', 'none')
     (folder / 'ours').mkdir()
     make_puzzle_data(folder / 'ours/data', groups=500, cells=81, vocab_size=11)
+    shutil.copytree(folder / 'ours/data', folder / 'data')
+    shutil.rmtree(folder / 'ours/data/test')  # theirs does not evaluate before the end either
     arch = [*(f'arch.{name}={value}' for name, value in c.items()), f'arch.mlp_t={mlp_t}', f'arch.pos_encodings={positions}', f'arch.puzzle_emb_ndim={c["hidden_size"]}']
     common = ['data_paths=[data]', 'evaluators=[]', 'epochs=1000000', 'eval_interval=500000', f'global_batch_size={B}', 'lr=1e-4', 'ema=True', 'weight_decay=1.0', *arch]
     dtype, found = 'float32' if device == 'cpu' else 'bfloat16', {}
     for compiled in [False, True] if compile else [False]:
         mark = ' compiled' if compiled else ''
         found['ours' + mark] = folder / 'ours', [ROOT / 'pretrain_trm.py', *common, f'--log_dir=run{int(compiled)}', f'--device={device}', f'--dtype={dtype}', '--log_interval=1',
-                                                 '--eval_examples=8', f'--compile={compiled}'], r' dt (\d+)ms'
+                                                 f'--compile={compiled}'], r' dt (\d+)ms'
         if trm:
             theirs = folder / f'theirs{int(compiled)}'
             shutil.copytree(trm, theirs, ignore=shutil.ignore_patterns('.git', 'kaggle', 'assets'))
-            shutil.copytree(folder / 'ours/data', theirs / 'data')
+            shutil.copytree(folder / 'data', theirs / 'data')
             for name, source in STUBS.items():
                 (theirs / name).write_text(source)
             if device == 'cpu':
