@@ -87,11 +87,14 @@ class Launcher:
     def start(self, script, args, cwd, ranks=0, prelude='', env=None, files_limit=0):
         """Start a run; ranks 0 = as plain `python script`, else that many processes as torchrun would start them."""
         run = Run(self, Path(cwd))
-        worker, port = int(os.environ.get('PYTEST_XDIST_WORKER', 'gw0')[2:]), -1
-        while port % 8 != worker % 8:  # no two test processes take the same one
-            with socket.socket() as s:
-                s.bind(('127.0.0.1', 0))
-                port = s.getsockname()[1]
+        while ranks:  # below what the system hands out, and not where the other test process (pytest-xdist) looks
+            port = 20000 + 5000 * (int(os.environ.get('PYTEST_XDIST_WORKER', 'gw0')[2:]) % 2) + (os.getpid() + next(self.numbers)) % 5000
+            try:
+                with socket.socket() as s:
+                    s.bind(('127.0.0.1', port))
+                break
+            except OSError:
+                continue
         for rank in range(max(1, ranks)):
             rank_env = dict(env or {})
             if ranks:
