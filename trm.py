@@ -119,10 +119,8 @@ class Gated(torch.autograd.Function):
         gate, up = gate_up.chunk(2, -1)
         both = torch.empty_like(gate_up)
         d_gate, d_up = both.chunk(2, -1)
-        torch.sigmoid(gate, out=d_gate)
-        torch.mul(gate, d_gate, out=d_up)  # silu(gate)
-        d_gate.add_(d_up - d_up * d_gate).mul_(up).mul_(gradient)  # silu' = s + silu (1 - s)
-        d_up.mul_(gradient)
+        torch.ops.aten.silu_backward(gradient * up, gate, grad_input=d_gate)  # to the bit what autograd computes
+        torch.mul(gradient, F.silu(gate), out=d_up)
         return both
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from trm import IGNORE, METRICS, TRM, AdamATan2, TRMConfig, act_loss, sign_sgd, symlog, trunc_normal
+from trm import IGNORE, METRICS, TRM, AdamATan2, Gated, TRMConfig, act_loss, sign_sgd, symlog, trunc_normal
 
 FILES = Path(__file__).parent / 'files'
 SMALL = dict(vocab_size=7, seq_len=12, num_puzzle_identifiers=5, hidden_size=32, num_heads=2, H_cycles=2, L_cycles=3, halt_max_steps=3, puzzle_emb_ndim=32,
@@ -91,6 +91,18 @@ def test_golden_numbers(name):
         same(out[key], f'eval/{key}')
     for i, metric in enumerate(METRICS):
         same(out['sums'][i], f'eval/metrics/{metric}')
+
+
+def test_gating_is_autograds_own_to_the_bit():
+    torch.manual_seed(0)
+    found = []
+    x, gradient = torch.randn(50, 24), torch.randn(50, 12)
+    for f in (Gated.apply, lambda t: F.silu(t[:, :12]) * t[:, 12:]):
+        leaf = x.clone().requires_grad_()
+        y = f(leaf)
+        y.backward(gradient)
+        found.append((y.detach(), leaf.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize('config, parameters', [
