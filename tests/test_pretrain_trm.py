@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from harness import ROOT, differences, load, make_puzzle_data
+from harness import ROOT, load, make_puzzle_data
 from test_configurator import GUIDES
 from test_puzzles import prepare, write_arc
 
@@ -597,5 +597,3 @@ def test_the_laptop_command_learns(launcher, tmp_path):
     run = launcher.run('pretrain_trm.py', ['--preset=tiny', '--data_paths=data/sudoku4', '--max_steps=250', '--global_batch_size=64', '--log_dir=run', '--eval_interval=-1'],
                        cwd=tmp_path, timeout=180).ok()
     assert column(run, 'cells')[-1] > 0.75, run.out
-    straight = load(tmp_path / 'run/step_250')
-    assert differences(straight['ranks'], load(tmp_path / 'run/step_250')['ranks']) == []
