@@ -19,7 +19,6 @@ Interrupted, by whatever and at whatever moment:
 """
 import copy
 import glob
-import json
 import math
 import os
 import re
@@ -42,7 +41,8 @@ from configurator import LAUNCH, configure, fail, master, nearby, print0
 from model import PEAK_FLOPS, load_optimizer_state, optimizer_state, read_whole, total_norm
 from model import generator_states, on_cpu, remove, seed_generators, set_generator_states, write_whole
 from trm import IGNORE, METRICS, RECURSION, SHAPE, TRM, AdamATan2, TRMConfig, sign_sgd
-from trm import adopt_trm, arc_result, arc_vote, drawn, fit_trm, open_puzzles, read_arc, read_trm
+from trm import adopt_trm, all_config, arc_result, arc_vote, deal_carries, drawn, examples_of_epoch, fit_trm, least_steps, of_all_ranks, open_puzzles
+from trm import puzzle_tensors, read_arc, read_trm
 
 # ---- settings ------------------------------------------------------------------------------------------------------
 # i/o
@@ -308,9 +308,8 @@ for number in (signal.SIGTERM, signal.SIGINT):
 
 # ---- data ----------------------------------------------------------------------------------------------------------
 # A slot is a place in the global batch; it keeps its puzzle until it halts, then takes the next that is offered to it. Each step offers every
-# slot one: an epoch is a list of examples, as many as groups x mean examples of a puzzle. A random puzzle of each group, in random order, gives all of
-# its examples, cut where the list is full or going through the groups again. The lists follow one another, and step k offers the k-th slice
-# of global_batch_size: the order depends on seed and step alone, not on the number of ranks.
+# slot one: an epoch is a list of examples, as many as groups x mean examples of a puzzle (see examples_of_epoch). The lists follow one another, and step
+# k offers the k-th slice of global_batch_size: the order depends on seed and step alone, not on the number of ranks.
 run_dir = everyone(run_dir)[0]  # a name that the clock gave is rank 0's
 config.assign('log_dir', run_dir)
 try:
@@ -341,39 +340,19 @@ if train_data:
 
 @lru_cache(maxsize=2)
 def epoch_examples(epoch):
-    """The numbers of the examples of an epoch."""
-    rng, chosen, count = np.random.default_rng([seed, epoch]), [], 0
-    first, sizes = train_data.puzzle_indices, np.diff(train_data.puzzle_indices)
-    while count < epoch_size:
-        order = rng.permutation(groups)
-        chosen.append(rng.integers(train_data.group_indices[order], train_data.group_indices[order + 1]))
-        count += sizes[chosen[-1]].sum()
-    puzzles = np.concatenate(chosen)
-    owner = np.repeat(np.arange(len(puzzles)), sizes[puzzles])
-    within = np.arange(len(owner)) - np.repeat(np.cumsum(sizes[puzzles]) - sizes[puzzles], sizes[puzzles])
-    return (first[puzzles][owner] + within)[np.lexsort((rng.random(len(owner)), owner))][:epoch_size]
+    return examples_of_epoch(train_data, seed, epoch, epoch_size)
 
 def loader_state(step):
     """Where the data of this step begins, and in which data."""
     epoch, row = divmod(step * global_batch_size, epoch_size)
     return dict(seed=seed, epoch=epoch, row=row, data=train_data.facts)
 
-def least_steps(step):
-    """(global_batch_size,): no slot halts before so many supervision steps in this step (exploration)."""
-    rng = np.random.default_rng([seed, step, 2])
-    return (rng.random(global_batch_size) < halt_exploration_prob) * rng.integers(min(2, halt_max_steps), halt_max_steps + 1, global_batch_size)
-
-def tensors_of(data, numbers):
-    """{'inputs', 'labels' (n, S) uint8, 'puzzle_identifiers' (n,)} of these examples."""
-    inputs, labels, identifiers = data.rows(numbers)
-    return dict(inputs=torch.from_numpy(inputs), labels=torch.from_numpy(labels), puzzle_identifiers=torch.from_numpy(identifiers))
-
 def batch(step, micro_step):
     """(what is offered to the slots of this rank and micro-step, their least_steps)"""
     begin = (micro_step * world_size + rank) * B
     numbers = range(step * global_batch_size + begin, step * global_batch_size + begin + B)
-    tensors = tensors_of(train_data, [epoch_examples(i // epoch_size)[i % epoch_size] for i in numbers])
-    tensors['least'] = torch.from_numpy(least_steps(step)[begin:begin + B])
+    tensors = puzzle_tensors(train_data, [epoch_examples(i // epoch_size)[i % epoch_size] for i in numbers])
+    tensors['least'] = torch.from_numpy(least_steps(seed, step, global_batch_size, halt_exploration_prob, halt_max_steps)[begin:begin + B])
     return {name: t.pin_memory() for name, t in tensors.items()} if device_type == 'cuda' else tensors
 
 def on_device(tensors):
@@ -447,23 +426,8 @@ def load_training(checkpoint):
         raise ValueError(f'the data in {data_paths} changed since: resume with those, or begin a new run in another folder')
 
 def load_carries():
-    """This rank's part of the slots of all ranks, in the order of the batch whatever their number was."""
     global carries
-    stored = [checkpoint['ranks'][r]['carry'][i] for i in range(len(checkpoint['ranks'][0]['carry'])) for r in range(len(checkpoint['ranks']))]
-    loaded = []
-    for micro_step, like in enumerate(carries):
-        begin, carry = (micro_step * world_size + rank) * B, {}
-        for name, tensor in like.items():
-            slots = torch.cat([part[name] for part in stored])
-            if slots.shape != (global_batch_size, *tensor.shape[1:]):
-                raise ValueError(f'its carry has {name} of the shape {tuple(slots.shape)}')
-            carry[name] = slots[begin:begin + B].to(tensor)
-        loaded.append(carry)
-        if not (0 <= int(carry['inputs'].min()) and int(carry['inputs'].max()) < data.vocab_size and int(carry['labels'].max()) < data.vocab_size
-                and bool(((carry['labels'] >= 0) | (carry['labels'] == IGNORE)).all())
-                and 0 <= int(carry['puzzle_identifiers'].min()) and int(carry['puzzle_identifiers'].max()) < data.num_puzzle_identifiers):
-            raise ValueError('its carry holds tokens or puzzles that these data do not have')
-    carries = loaded
+    carries = deal_carries(checkpoint['ranks'], carries, rank, world_size, data)
 
 # ---- checkpoint (=) ------------------------------------------------------------------------------------------------
 # step: completed optimizer steps. progress: plain numbers that a resume continues. snapshot: what a checkpoint of this step
@@ -649,7 +613,7 @@ def evaluate(limit=0):
     for begin in range(rank * B, len(chosen) + rank * B, B * world_size):  # as many on every rank
         numbers = np.arange(begin, begin + B)  # always a full batch, one shape for torch.compile: what is too much counts nothing
         real = torch.from_numpy(numbers < len(chosen)).to(device)
-        rows = on_device(tensors_of(test_data, chosen[np.minimum(numbers, len(chosen) - 1)]))
+        rows = on_device(puzzle_tensors(test_data, chosen[np.minimum(numbers, len(chosen) - 1)]))
         carry = judge.refill(judge.initial_carry(rows), rows)
         vectors = judge.puzzle_emb.rows(carry['puzzle_identifiers']) if vector_size else None
         scores, going = torch.zeros(B, 3, dtype=exactly, device=device), real.clone()
@@ -718,12 +682,9 @@ if read_only:
     leave(0)
 
 # ---- training loop -------------------------------------------------------------------------------------------------
-plain = {**{name: config[name] for name in config if name not in SHAPE + RECURSION + LAUNCH}, 'lr_min_ratio': min_lr_ratio, 'checkpoint_path': run_dir}
-arch_values = dict({name: config[name] for name in SHAPE + RECURSION}, puzzle_emb_ndim=vector_size, forward_dtype=dtype)
-lines = ['arch:', '  name: recursive_reasoning.trm@TinyRecursiveReasoningModel_ACTV1',
-         *(f'  {name}: {json.dumps(value)}' for name, value in arch_values.items()), *(f'{name}: {json.dumps(value)}' for name, value in sorted(plain.items()))]
-lines = [re.sub(r'(: -?\d)(e-\d+)$', r'\1.0\2', line) for line in lines]  # JSON values are YAML ones, but for 1e-05
-write_beside(run_dir, {'all_config.yaml': ('\n'.join(lines) + '\n').encode()} if save_config else {})
+others = dict({name: config[name] for name in config if name not in LAUNCH}, lr_min_ratio=min_lr_ratio, checkpoint_path=run_dir)
+yaml = all_config(dict(config, puzzle_emb_ndim=vector_size, forward_dtype=dtype), others)
+write_beside(run_dir, {'all_config.yaml': yaml} if save_config else {})
 describe = ['git', '-C', os.path.dirname(os.path.abspath(__file__)), 'describe', '--always', '--dirty']
 commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip() if shutil.which('git') else ''
 log('settings given: ' + ' '.join(f'{name}={value!r}' for name, value in config.typed().items()), prefix='# ', show=False)
@@ -797,11 +758,7 @@ for step in range(start_step, max_steps + 1):
     gradients = [p.grad for p in parameters]
     if vector_size:  # the vectors' gradients, of the slots of all ranks
         used = [torch.cat(tensors) for tensors in zip(*used, strict=True)]
-        if ddp:
-            gathered = [[torch.empty_like(tensor) for _ in range(world_size)] for tensor in used]
-            for tensor, parts in zip(used, gathered, strict=True):
-                dist.all_gather(parts, tensor)
-            used = [torch.cat(parts) for parts in gathered]
+        used = of_all_ranks(used) if ddp else used
         gradients.append(used[1])
     reporting = (step + 1) % log_interval == 0 or step == 0 or step + 1 == max_steps
     norms = ''

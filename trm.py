@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -218,6 +219,7 @@ class TRM(nn.Module):
         if config.pos_encodings == 'learned':
             self.embed_pos = Embedding(length, D)
         self.L_level = Net(config)
+        self.cell_weights = None  # (S,) of the cells' losses, see act_loss; no part of the checkpoint
         self.register_buffer('H_init', trunc_normal((D,), 1).to(dtype))
         self.register_buffer('L_init', trunc_normal((D,), 1).to(dtype))
         if config.pos_encodings == 'rope' and not config.mlp_t:
@@ -269,7 +271,7 @@ class TRM(nn.Module):
         halted = steps >= config.halt_max_steps
         if min_steps is not None and config.halt_max_steps > 1:
             halted = halted | (q_halt > 0) & (steps >= min_steps)
-        loss, sums, scores = act_loss(logits, q_halt, carry['labels'], halted, steps)
+        loss, sums, scores = act_loss(logits, q_halt, carry['labels'], halted, steps, self.cell_weights)
         carry = dict(carry, z_H=z_H.detach(), z_L=z_L.detach(), steps=steps, halted=halted)
         return carry, dict(loss=loss, sums=sums, scores=scores, logits=logits, q_halt_logits=q_halt)
 
@@ -291,15 +293,19 @@ def symlog(x):
     return torch.where(x < 0, -torch.log1p(-x.clamp(max=0)), torch.log1p(x.clamp(min=0)))
 
 
-def act_loss(logits, q_halt, labels, halted, steps):
+def act_loss(logits, q_halt, labels, halted, steps, weights=None):
     """(loss, sums, scores): the stablemax cross-entropy, a mean over each slot's cells, and half the cross-entropy of q_halt against "all
     cells are right", summed over the slots; sums (7,) in the order of METRICS, the first five over slots that halted; scores (B, 3), each
-    slot's cross-entropy, share of right cells and whether all are."""
-    mask = labels != IGNORE
+    slot's cross-entropy, share of right cells and whether all are. weights (S,), or None = all the same: the mean is weighted, and a cell of
+    weight 0 is none of the slot's cells."""
+    mask = labels != IGNORE if weights is None else (labels != IGNORE) & (weights > 0)
     cells = mask.sum(1)
     precise = logits.double() if logits.device.type == 'cpu' else logits.float()  # as the public code, bit for bit, where it costs little
     each = F.cross_entropy(symlog(precise).transpose(1, 2), labels.long(), ignore_index=IGNORE, reduction='none')  # (B, S)
-    lm_losses = each.sum(1) / cells.clamp(min=1)
+    if weights is None:
+        lm_losses = each.sum(1) / cells.clamp(min=1)
+    else:
+        lm_losses = (each * weights).sum(1) / torch.where(cells > 0, (mask * weights).sum(1), 1)
     lm_loss = lm_losses.sum()
     with torch.no_grad():
         right = mask & (logits.argmax(-1) == labels)
@@ -438,6 +444,70 @@ def _open_part(folder):
     return part
 
 
+# ---- what a training script offers to the slots, and takes up again
+def examples_of_epoch(data, seed, epoch, size):
+    """The numbers of the `size` examples of an epoch: a random puzzle of each group, in random order, gives all of its examples, cut where the list is
+    full or going through the groups again."""
+    rng, chosen, count = np.random.default_rng([seed, epoch]), [], 0
+    first, sizes = data.puzzle_indices, np.diff(data.puzzle_indices)
+    while count < size:
+        order = rng.permutation(len(data.group_indices) - 1)
+        chosen.append(rng.integers(data.group_indices[order], data.group_indices[order + 1]))
+        count += sizes[chosen[-1]].sum()
+    puzzles = np.concatenate(chosen)
+    owner = np.repeat(np.arange(len(puzzles)), sizes[puzzles])
+    within = np.arange(len(owner)) - np.repeat(np.cumsum(sizes[puzzles]) - sizes[puzzles], sizes[puzzles])
+    return (first[puzzles][owner] + within)[np.lexsort((rng.random(len(owner)), owner))][:size]
+
+
+def least_steps(seed, step, slots, probability, most):
+    """(slots,): no slot halts before so many supervision steps in this step (exploration)."""
+    rng = np.random.default_rng([seed, step, 2])
+    return (rng.random(slots) < probability) * rng.integers(min(2, most), most + 1, slots)
+
+
+def puzzle_tensors(data, numbers):
+    """{'inputs', 'labels' (n, S) uint8, 'puzzle_identifiers' (n,)} of these examples."""
+    inputs, labels, identifiers = data.rows(numbers)
+    return dict(inputs=torch.from_numpy(inputs), labels=torch.from_numpy(labels), puzzle_identifiers=torch.from_numpy(identifiers))
+
+
+def deal_carries(ranks, carries, rank, world_size, data):
+    """The carries of this rank, one for each micro-step, shaped like `carries`, out of those that all ranks stored ([{'carry': [carry, ...]}, ...]): the slots
+    are in the order of the global batch, whatever the number of ranks and micro-steps was. ValueError if they do not fit these data."""
+    stored = [part['carry'][i] for i in range(len(ranks[0]['carry'])) for part in ranks]
+    B, dealt = len(carries[0]['halted']), []
+    for micro_step, like in enumerate(carries):
+        begin, carry = (micro_step * world_size + rank) * B, {}
+        for name, tensor in like.items():
+            slots = torch.cat([part[name] for part in stored])
+            if slots.shape != (B * world_size * len(carries), *tensor.shape[1:]):
+                raise ValueError(f'its carry has {name} of the shape {tuple(slots.shape)}')
+            carry[name] = slots[begin:begin + B].to(tensor)
+        dealt.append(carry)
+        if not (0 <= int(carry['inputs'].min()) and int(carry['inputs'].max()) < data.vocab_size and int(carry['labels'].max()) < data.vocab_size
+                and bool(((carry['labels'] >= 0) | (carry['labels'] == IGNORE)).all())
+                and 0 <= int(carry['puzzle_identifiers'].min()) and int(carry['puzzle_identifiers'].max()) < data.num_puzzle_identifiers):
+            raise ValueError('its carry holds tokens or puzzles that these data do not have')
+    return dealt
+
+
+def of_all_ranks(tensors):
+    """These tensors joined with those of the other ranks, which have the same shapes; under torch.distributed."""
+    gathered = [[torch.empty_like(tensor) for _ in range(dist.get_world_size())] for tensor in tensors]
+    for tensor, parts in zip(tensors, gathered, strict=True):
+        dist.all_gather(parts, tensor)
+    return [torch.cat(parts) for parts in gathered]
+
+
+def all_config(config, others):
+    """all_config.yaml, as the public code writes it: the model's settings below `arch:`, then the others; bytes."""
+    lines = ['arch:', '  name: recursive_reasoning.trm@TinyRecursiveReasoningModel_ACTV1',
+             *(f'  {name}: {json.dumps(config[name])}' for name in (*SHAPE, *RECURSION, 'forward_dtype')),
+             *(f'{name}: {json.dumps(value)}' for name, value in sorted(others.items()) if name not in SHAPE + RECURSION)]
+    return ''.join(re.sub(r'(: -?\d)(e-\d+)$', r'\1.0\2', line) + '\n' for line in lines).encode()  # JSON values are YAML ones, but for 1e-05
+
+
 # ---- checkpoints of others
 SHAPE = ('hidden_size', 'num_heads', 'expansion', 'multiple_of', 'L_layers', 'mlp_t', 'pos_encodings', 'puzzle_emb_ndim', 'puzzle_emb_len')
 RECURSION = ('H_cycles', 'L_cycles', 'halt_max_steps', 'halt_exploration_prob')  # a loaded model may be run with others
@@ -505,8 +575,9 @@ def adopt_trm(config, shape, where):
 def fit_trm(weights, config):
     """(weights for a TRM of this TRMConfig, what was changed to that end, a list of sentences).
 
-    Another vocabulary: the rows of the tokens that both have stay, new ones are the mean. Another number of puzzles: every vector of the table is
-    the mean of the old ones, as in the public code, since nothing says which puzzle is which. ValueError if something else differs."""
+    Another vocabulary: the rows of the tokens that both have stay, new ones are the mean; so with learned positions, in a grid of another size. Another number
+    of puzzles: every vector of the table is the mean of the old ones, as in the public code, since nothing says which puzzle is which. ValueError if
+    something else differs."""
     with torch.device('meta'):
         wanted = {name: tensor.shape for name, tensor in TRM(config).state_dict().items()}
     if wanted.keys() != weights.keys():
@@ -518,7 +589,7 @@ def fit_trm(weights, config):
             continue
         if config.mlp_t and '.mlp_t.' in name:
             raise ValueError(f'{name} is {tuple(old.shape)}, here {tuple(shape)}: a model with mlp_t is bound to its number of cells')
-        if name not in ('puzzle_emb.weights', 'embed_tokens.embedding_weight', 'lm_head.weight') or old.shape[1:] != shape[1:]:
+        if name not in ('puzzle_emb.weights', 'embed_tokens.embedding_weight', 'lm_head.weight', 'embed_pos.embedding_weight') or old.shape[1:] != shape[1:]:
             raise ValueError(f'{name} is {tuple(old.shape)}, here {tuple(shape)}')
         new = old.mean(0, keepdim=True).repeat(shape[0], 1)
         if name != 'puzzle_emb.weights':
@@ -555,6 +626,35 @@ def drawn(inputs, cells, labels, vocab_size):
         if not arc or labels[r * side:r * side + side].any() or '><' in line:
             lines.append(line)
     return lines
+
+
+# ---- addition: both numbers, the carries and the sum, a row of the grid each
+def add_columns(a, b):
+    """Column addition of numbers (n, W) of digits, right-aligned, -1 in front of them. Returns carries (n, W) bool, where one is added; the sum (n, W), -1 in
+    front; and of each pair the longest carry: how many columns it runs through, the one in which it arises and those that carry only because of it."""
+    carries, total = np.zeros(a.shape, bool), np.full(a.shape, -1, np.int8)
+    run, longest = np.zeros((2, len(a)), int)
+    for j in reversed(range(a.shape[1])):
+        own = np.maximum(a[:, j], 0) + np.maximum(b[:, j], 0)
+        here = own + carries[:, j]
+        total[:, j] = np.where((a[:, j] >= 0) | (b[:, j] >= 0) | carries[:, j], here % 10, -1)
+        run = np.where(own >= 10, 1, np.where(here >= 10, run + 1, 0))
+        longest = np.maximum(longest, run)
+        if j:
+            carries[:, j - 1] = here >= 10
+    return carries, total, longest
+
+
+def addition_tokens(a, b, carries, total):
+    """The grid (n, 4 W) uint8 in the tokens of ARC: blank 1, digit d = d + 2."""
+    return (np.concatenate((a, b, np.where(carries, 1, -1), total), 1) + 2).astype(np.uint8)
+
+
+def addition_numbers(row):
+    """(digits (n, W), valid (n,)) of one row (n, W) of grids: -1 in front of a number; invalid is what has no digit, or a blank behind one."""
+    digits = np.asarray(row).astype(np.int8) - 2
+    known = (digits >= 0) & (digits <= 9)
+    return np.where(known, digits, -1), known[:, -1] & (known[:, 1:] >= known[:, :-1]).all(1) & (known | (np.asarray(row) == 1)).all(1)
 
 
 # ---- ARC: one answer out of the answers to all copies of a task

@@ -1,0 +1,877 @@
+"""Column addition with a Tiny Recursive Model: from a checkpoint of other puzzles, or of shorter sums, or from nothing; then ask it a sum and watch it carry.
+
+What to expect: README.md has the measured table (digits, hardware, exact sums, time).
+
+Laptop CPU, no download (sums of 2 digits, two minutes):
+    python prepare/addition.py --max_digits=2 --output_dir=data/addition2
+    python finetune_addition.py --preset=tiny --data_path=data/addition2 --run_name=two_digits
+    python finetune_addition.py --run_name=two_digits --ask="57+86"
+One GPU, from a checkpoint of ARC, guide 000's progressive recipe (data: python prepare/addition.py):
+    python finetune_addition.py --base_checkpoint=checkpoints/Arc1concept-aug-1000-ACT-torch/my_run/step_303191 --run_name=heads --freeze_weights \
+        --total_steps=3000 --eval_interval=1500 --puzzle_emb_lr=1e-2 --copy_loss_weight=0
+    python finetune_addition.py --base_checkpoint=checkpoints/AdditionFinetune/heads/step_3000 --run_name=full --total_steps=25000 --eval_interval=5000
+Four GPUs:
+    torchrun --nproc-per-node 4 --rdzv_backend=c10d --rdzv_endpoint=localhost:0 --nnodes=1 finetune_addition.py --run_name=four --global_batch_size=256
+Two nodes (on the second one --node_rank=1; both must see checkpoints/):
+    torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=192.168.1.1 --master_port=29500 finetune_addition.py --run_name=x
+Interrupted, by whatever and at whatever moment:
+    python finetune_addition.py --auto_resume            (the newest run; or name it: --run_name=x)
+"""
+import copy
+import glob
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import lru_cache
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
+
+from configurator import LAUNCH, configure, fail, master, nearby, print0
+from model import PEAK_FLOPS, load_optimizer_state, optimizer_state, read_whole, total_norm
+from model import generator_states, on_cpu, remove, seed_generators, set_generator_states, write_whole
+from trm import IGNORE, METRICS, RECURSION, SHAPE, TRM, AdamATan2, TRMConfig, sign_sgd
+from trm import add_columns, addition_numbers, addition_tokens, adopt_trm, all_config, deal_carries, examples_of_epoch, fit_trm, least_steps, of_all_ranks
+from trm import open_puzzles, puzzle_tensors, read_trm
+
+# ---- settings ------------------------------------------------------------------------------------------------------
+# i/o
+project_name = 'AdditionFinetune'  # folder in checkpoints/, and the project in wandb
+run_name = ''                    # folder in checkpoints/{project_name}/; '' = date and time, for --auto_resume, --eval_only and --ask the newest
+log_dir = ''                     # folder of this run: checkpoints, log.txt, config.py; '' = checkpoints/{project_name}/{run_name}
+save_config = True               # write config.py, the settings file that repeats this run
+# data
+data_path = 'data/addition'      # folder of prepare/addition.py
+columns = 0                      # of the grid; 0 = found in the data; --ask takes longer sums with more of them, from a model with rope
+trace = False                    # a digit at a time: the model is fed its own answers until they stay; found in the data (prepare/addition.py --trace)
+num_workers = 2                  # batches that a background thread prepares ahead; 0 = none
+global_batch_size = 64           # puzzles at work at the same time (slots), over all ranks
+grad_accumulation_steps = 1      # slices of the slots that go one after another, over all ranks: more ranks take fewer each; 0 = 1
+# model
+preset = 'trm'                   # trm | tiny; tiny fills in a small model and what goes with it, for a laptop
+base_checkpoint = ''             # begin with the weights of this checkpoint, ours (its EMA) or the public code's, of whatever puzzles; '' = random ones
+hidden_size = 512                # width
+num_heads = 8                    # attention heads, must divide hidden_size
+expansion = 4.0                  # of the SwiGLU
+multiple_of = 256                # its width is rounded up to a multiple of this
+L_layers = 0                     # blocks of the one network; 0 = as in base_checkpoint, else 2
+H_cycles = 0                     # times that the answer is improved in a supervision step, the last one with gradients; 0 = as in base_checkpoint, else 3
+L_cycles = 0                     # times that the reasoning is, before each of them; 0 = as in base_checkpoint, else 6
+mlp_t = False                    # an MLP over the cells in place of attention: better on small grids of one size
+pos_encodings = 'rope'           # rope | learned | none
+puzzle_emb_ndim = -1             # numbers of a puzzle's own vector; 0 = none; -1 = hidden_size
+puzzle_emb_len = 16              # positions in front of the cells that it takes; 0 = as many as it needs
+halt_max_steps = 16              # supervision steps of a puzzle, at most
+halt_exploration_prob = 0.1      # share of the slots that may not halt before a random step; 0 = none
+# optimization
+lr = 5e-5                        # peak learning rate
+min_lr_ratio = 1.0               # final learning rate / lr, 0 = nothing; 1 = constant; 0.1 is better for short runs
+lr_warmup_steps = 100            # steps of linear warmup; 0 = none
+total_steps = 100000             # optimizer steps in all; 0 = only the evaluation of the start
+epochs = 0                       # times that every problem is offered; 0 = total_steps says how long
+decay_lr = True                  # False = constant after the warmup
+lr_scheduler = 'cosine'          # cosine | cosine_with_restarts | constant
+lr_restarts = 3                  # restarts of cosine_with_restarts, 3 = four equal cycles; 0 = none
+weight_decay = 0.1               # on everything but the puzzles' vectors; 0 = none
+beta1 = 0.9                      # AdamATan2; 0 = off
+beta2 = 0.95                     # AdamATan2; 0 = off
+puzzle_emb_lr = 1e-3             # peak learning rate of the puzzle's vector (SignSGD); 0 = it stays
+puzzle_emb_weight_decay = 0.1    # of the puzzle's vector; 0 = none
+grad_clip = 0.0                  # largest gradient norm; 0 = no clipping: AdamATan2 does not see a gradient's scale
+ema = True                       # evaluate an exponential moving average of the weights
+ema_rate = 0.999                 # its memory: 1 / (1 - ema_rate) steps
+copy_loss_weight = 1.0           # of the two rows of the question, which the answer repeats; 0 = they are neither learned nor judged
+carry_loss_weight = 1.0          # of the row of the carries; 0 = the same
+sum_loss_weight = 1.0            # of the row of the sum
+freeze_weights = False           # learn the puzzle's vector, token embeddings and heads alone: what another vocabulary needs first
+freeze_heads = False             # with freeze_weights: the puzzle's vector alone
+# evaluation
+eval_interval = 0                # steps between evaluations, or epochs if epochs says how long; 0 = 20 evaluations in all; -1 = only at the end
+eval_examples = 0                # test problems of an evaluation while training, evenly spread; 0 = all; the last one takes all
+max_eval_batches = 0             # the same in batches of global_batch_size; 0 = all
+eval_only = False                # print the accuracy of a checkpoint on all test problems, or eval_examples typed with it; write eval.json, errors.json
+ask = ''                         # sums like "957+86, 7+5": show the grid after every step of a checkpoint's work on them, exit
+# checkpoint
+checkpoint_every_eval = True     # save after every evaluation
+checkpoint_interval = -1         # steps between checkpoints besides; -1 = none, but always at the end
+keep_last_n_checkpoints = 0      # newest checkpoints to keep; 0 = all
+permanent_checkpoints = []       # steps that are saved and kept whatever the two above say
+auto_resume = False              # continue from the newest readable checkpoint in the run's folder, if there is one
+resume = False                   # continue from checkpoint_path; without one the same as auto_resume
+checkpoint_path = ''             # a checkpoint for --resume, --eval_only or --ask
+# logging
+log_interval = 10                # steps between log lines
+log_level = 'INFO'               # INFO | DEBUG; DEBUG adds loss and time of every micro-step
+log_gradients = False            # add the gradient norm of every part of the model to the log lines
+wandb_log = False                # log to Weights & Biases too
+# system
+device = ''                      # cpu, cuda, cuda:1, mps; '' = cuda, then mps, then cpu
+dtype = 'float32'                # float32 | bfloat16; of activations, weights stay float32; bfloat16 is 8 times slower on a CPU without it
+compile = False                  # torch.compile; DISABLE_COMPILE=1 in the environment switches it off
+deterministic = False            # deterministic kernels on the GPU (the CPU's are)
+seed = 0                         # of weights, data order and exploration; 0 = a seed like any other
+
+# ---- command line --------------------------------------------------------------------------------------------------
+config = configure(globals(), aliases={'max_lr': 'lr', 'learning_rate': 'lr', 'warmup_steps': 'lr_warmup_steps', 'lr_min_ratio': 'min_lr_ratio',
+                                       'max_grad_norm': 'grad_clip', 'save_steps': 'checkpoint_interval', 'load_checkpoint': 'base_checkpoint',
+                                       'max_steps': 'total_steps', 'data_paths': 'data_path', 'forward_dtype': 'dtype', 'wandb_project': 'project_name'})
+
+# ---- run folder ----------------------------------------------------------------------------------------------------
+typed_now = set(config.given)  # a resume adds what was typed when the run began
+if any(re.search(r'^\.*$|[/\0]', name) for name in (run_name or 'x', project_name)):
+    fail(f'--run_name={run_name} and --project_name={project_name} are names of folders, without /')
+project_dir = os.path.join('checkpoints', project_name)
+
+def run_dir_of():
+    """log_dir, else checkpoints/{project_name}/{run_name}. A run that nobody named is the newest where one is to be read, else a new one."""
+    if log_dir and ('log_dir' in config.typed_here or not {'run_name', 'project_name'} & config.typed_here):
+        return log_dir
+    steps = [path for path in glob.glob(os.path.join(glob.escape(project_dir), '*', 'step_*')) if re.fullmatch(r'step_\d+', os.path.basename(path))]
+    if not run_name and (auto_resume or resume or eval_only or ask) and steps:
+        return os.path.dirname(max(steps, key=os.path.getmtime))
+    return os.path.join(project_dir, run_name or time.strftime('%Y%m%d_%H%M%S'))
+
+run_dir, run_dir_typed, log_name = run_dir_of(), bool({'log_dir', 'run_name', 'project_name'} & typed_now), 'log.txt'
+read_only = eval_only or bool(ask)       # these modes read a checkpoint and start no run
+lenient = False                          # True: a typed checkpoint that cannot be read is a warning, not the end
+
+def checkpoint_path_of(step):
+    return os.path.join(run_dir, f'step_{step}')
+
+def checkpoint_of(path):  # one dict, whatever the files; ValueError if it is damaged
+    found = read_whole(path)
+    return found if isinstance(found, dict) and 'step' in found else read_trm(path)
+
+if 'base_checkpoint' in config.typed_here and base_checkpoint:
+    if checkpoint_path:
+        fail('--base_checkpoint and --checkpoint_path name two beginnings: give one')
+    if read_only:  # in a run's config.py it says where that run began
+        config.assign('checkpoint_path', base_checkpoint)
+sums_asked = [re.fullmatch(r'\s*(\d+)\s*\+\s*(\d+)\s*', text, re.ASCII) for text in ask.split(',')] if ask else []
+if None in sums_asked:
+    fail(f'--ask={ask!r}: expected a sum like 957+86, or several with commas between them')
+
+# ---- stored run (=) ------------------------------------------------------------------------------------------------
+# Which checkpoint this launch reads, if any. What was typed when that run began counts as typed again, unless anew.
+def steps_on_disk(suffix=''):
+    """Steps of the checkpoints in run_dir, ascending. Only names that checkpoint_path_of itself writes are ours."""
+    names = set(os.listdir(run_dir)) if os.path.isdir(run_dir) else set()
+    steps = {int(digits) for name in names for digits in re.findall('[0-9]{1,18}', name)}
+    return sorted(s for s in steps if os.path.basename(checkpoint_path_of(s)) + suffix in names)
+
+def read_checkpoint(path):
+    """(checkpoint, '') or (None, what is wrong). A file of weights alone comes back as {'model': weights}."""
+    try:
+        found = checkpoint_of(path if os.path.exists(path) or not os.path.isdir(path + '.old') else path + '.old')  # see write_whole
+        if not isinstance(found, dict) or not isinstance(found.get('model', found), dict):
+            raise ValueError('it holds no weights')
+        found = found if 'model' in found else {'model': found}
+        if 'step' in found and not (type(found['step']) is type(found['log_bytes']) is int and found['step'] >= 0 and type(found['ranks']) is list
+                                    and type(found['config']) is type(found['given']) is dict):
+            raise ValueError('its entries are not those of a checkpoint')
+        return found, ''
+    except FileNotFoundError:
+        return None, 'does not exist' + nearby(path)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        return None, f'cannot be read as a checkpoint ({error})'
+
+checkpoint, checkpoint_file, damaged = None, '', set()
+reading = resume or auto_resume or read_only
+if checkpoint_path and not reading:
+    fail(f'--checkpoint_path={checkpoint_path} does nothing by itself: add --resume to continue from it')
+for path in [checkpoint_path] if checkpoint_path else [checkpoint_path_of(s) for s in reversed(steps_on_disk())] if reading else []:
+    checkpoint, problem = read_checkpoint(path)
+    if checkpoint and 'step' not in checkpoint and not checkpoint_path and not read_only:
+        checkpoint, problem = None, 'holds weights only'
+    if checkpoint:
+        checkpoint_file = path
+        break
+    if checkpoint_path and not lenient:
+        fail(f'{path} {problem}')
+    damaged.add(path)
+    print0(f'WARNING: {path} {problem}; it is left as it is')
+resumed = checkpoint is not None and 'step' in checkpoint and not read_only
+if read_only and not checkpoint:
+    fail(f'no readable checkpoint in {run_dir}: name one with --checkpoint_path{nearby(checkpoint_path_of(0))}')
+if resumed and checkpoint_path and not run_dir_typed:
+    run_dir = os.path.dirname(os.path.normpath(checkpoint_path)) or '.'
+elif not (resumed or read_only or (auto_resume or resume) and not checkpoint_path) and steps_on_disk():
+    fail(f'{run_dir} already holds a run ({os.path.basename(checkpoint_path_of(steps_on_disk()[-1]))}): add --auto_resume to continue it, '
+         'or choose another folder for a new one')
+if checkpoint and 'step' in checkpoint:
+    config.restore(checkpoint['given'], checkpoint_file)
+elif checkpoint:
+    print0(f'WARNING: {checkpoint_file} holds weights only: they are used, optimizer and step start anew')
+
+# ---- derived -------------------------------------------------------------------------------------------------------
+config.assign('log_dir', run_dir)
+config.given -= {name for name in ('L_layers', 'H_cycles', 'L_cycles', 'columns') if not config[name]}
+if base_checkpoint and not checkpoint:
+    checkpoint_file = base_checkpoint
+    try:
+        checkpoint = read_trm(base_checkpoint)
+    except (ValueError, OSError) as error:
+        fail(f'--base_checkpoint={base_checkpoint}' + (f' does not exist{nearby(base_checkpoint)}' if isinstance(error, FileNotFoundError) else f': {error}'))
+if checkpoint and 'step' not in checkpoint:
+    try:
+        adopt_trm(config, checkpoint['config'], checkpoint_file)
+    except ValueError as error:
+        fail(error)
+config.fill({
+    'tiny': dict(hidden_size=64, num_heads=4, multiple_of=32, L_layers=1, H_cycles=2, L_cycles=2, mlp_t=True, pos_encodings='none', puzzle_emb_len=1,
+                 halt_max_steps=6, lr=3e-3, puzzle_emb_lr=3e-3, min_lr_ratio=0.1, total_steps=1000, ema_rate=0.99, log_interval=50),
+    'trm': {},
+}[preset])
+for name, usual in (('L_layers', 2), ('H_cycles', 3), ('L_cycles', 6)):
+    config.assign(name, config[name] or usual)
+vector_size = hidden_size if puzzle_emb_ndim < 0 else puzzle_emb_ndim  # of a puzzle's own vector
+save_every, keep, permanent = checkpoint_interval, keep_last_n_checkpoints, permanent_checkpoints
+peak_lr, floor_lr, warmup, clip = lr, min_lr_ratio * lr, lr_warmup_steps, grad_clip
+schedule, cycles = lr_scheduler if decay_lr else 'constant', lr_restarts + 1
+wandb_project = project_name
+shape = (*SHAPE, 'global_batch_size')  # settings that a resumed model cannot change
+data_parallel = True  # False: the script sums the gradients itself, without DistributedDataParallel
+rank_state, load_rank_state = lambda: dict(carry=carries), lambda stored: load_carries()  # what each rank alone knows beside its generators
+own_progress = dict(sums=[0.0] * len(METRICS), best_exact=-1.0)  # of the slots since the last log line; of step_best
+if max(beta1, beta2, ema_rate) >= 1 or lr <= 0:
+    fail('beta1, beta2 and ema_rate must be less than 1, and lr more than 0')
+if any(type(s) is not int for s in permanent):
+    fail(f'permanent_checkpoints {permanent} must be whole numbers')
+if sum_loss_weight <= 0:
+    fail(f'--sum_loss_weight={sum_loss_weight}: without the sum there is nothing to learn')
+if epochs and {'epochs', 'total_steps'} <= config.typed_here:
+    fail('--epochs and --total_steps are two lengths: give one')
+if 'total_steps' in typed_now and 'epochs' not in typed_now:
+    config.assign('epochs', 0)  # a stored one
+if freeze_weights and freeze_heads and not vector_size:
+    fail('--freeze_heads leaves the vector of the puzzle to learn, and --puzzle_emb_ndim=0 has none')
+
+# ---- distributed (=) -----------------------------------------------------------------------------------------------
+ddp = 'RANK' in os.environ  # set by torchrun
+rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
+usable = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available() and not ddp, 'cpu': True}  # gloo knows no mps
+device = device or next(name for name in usable if usable[name])
+device_type = device.split(':')[0]
+if device_type not in usable:
+    fail(f'--device={device}: expected cpu, cuda, cuda:1 or mps')
+if not usable[device_type]:
+    print0(f'WARNING: --device={device}, but PyTorch sees none here: using the CPU')
+    device = device_type = 'cpu'
+if device_type == 'cuda':
+    device = f'cuda:{local_rank}' if ddp else 'cuda:0' if device == 'cuda' else device
+    if device not in [f'cuda:{i}' for i in range(torch.cuda.device_count())]:
+        fail(f'no device {device}: this machine has {torch.cuda.device_count()} GPU(s)')
+    torch.cuda.set_device(device)
+if ddp:
+    store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), next(rendezvous('env://'))[0])  # dead workers' keys stay behind
+    dist.init_process_group('nccl' if device_type == 'cuda' else 'gloo', store=store, rank=rank, world_size=world_size)
+    cpu_group = dist.new_group(backend='gloo')  # for what the ranks tell each other beside gradients
+device_name = torch.cuda.get_device_name(device) if device_type == 'cuda' else device_type
+peak_flops = next((flops for name, flops in PEAK_FLOPS.items() if name in device_name), 0)  # 0 = unknown: no mfu
+
+def everyone(value):
+    """[value of rank 0, value of rank 1, ...], on every rank."""
+    values = [value] * world_size
+    if ddp:
+        dist.all_gather_object(values, value, group=cpu_group)
+    return values
+
+def agree(problem, code=2):
+    """End all ranks if any has a problem (a sentence; '' = none): none may be left waiting for one that is gone."""
+    first = next(filter(None, everyone(problem)), '')
+    if first:
+        fail(first, code)
+
+# ---- precision and seed (=) ----------------------------------------------------------------------------------------
+autocast = nullcontext() if dtype == 'float32' else torch.autocast(device_type, getattr(torch, dtype))
+scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')  # small float16 gradients would round to zero
+if device_type == 'cuda':
+    torch.set_float32_matmul_precision('high')  # TF32 for what stays float32
+if deterministic:
+    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+    torch.use_deterministic_algorithms(True)
+torch.manual_seed(seed)  # the same first weights on every rank; each rank's own generators are seeded or restored after them
+stop_signal, trouble = 0, ''  # what poll() acts upon
+
+def on_signal(number, frame):
+    global stop_signal
+    stop_signal = number
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process at once; SIGTERM may come from several sides
+
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, on_signal)
+
+# ---- data ----------------------------------------------------------------------------------------------------------
+# A slot is a place in the global batch; it keeps its problem until it halts, then takes the next that is offered to it. Each step offers every
+# slot one: an epoch is a list of examples, as many as groups x mean examples of a puzzle (see examples_of_epoch). The lists follow one another, and step
+# k offers the k-th slice of global_batch_size: the order depends on seed and step alone, not on the number of ranks.
+run_dir = everyone(run_dir)[0]  # a name that the clock gave is rank 0's
+config.assign('log_dir', run_dir)
+
+def opened(split):
+    """The problems of a split and their numbers a, b (n, W) of digits; `whole`: the answers are the sums, not the next state of the grid."""
+    data = open_puzzles([data_path], split)
+    where, W = os.path.join(data_path, split), data.seq_len // 4
+    if data.vocab_size != 12 or data.seq_len != 4 * W:
+        raise ValueError(f'{where}: {data.seq_len} cells of {data.vocab_size} tokens are no sums: these have four rows and 12 tokens')
+    inputs, labels, _ = data.rows(np.arange(data.examples))
+    (data.a, a_valid), (data.b, b_valid) = addition_numbers(inputs[:, :W]), addition_numbers(inputs[:, W:2 * W])
+    carries, total, data.carry = add_columns(data.a, data.b)
+    data.whole = bool((inputs[:, 2 * W:] == 1).all())
+    wrong = ~(a_valid & b_valid) | (np.maximum(data.a[:, 0], 0) + np.maximum(data.b[:, 0], 0) + carries[:, 0] > 9)
+    if data.whole:
+        wrong |= ((labels != addition_tokens(data.a, data.b, carries, total)) & (labels != 0)).any(1)
+    if wrong.any():
+        raise ValueError(f'{where}: row {int(wrong.argmax())} is no sum of two numbers')
+    return data
+
+train_data = test_data = None
+try:
+    if ask:
+        if not columns:
+            raise ValueError(f'{checkpoint_file} does not tell how many columns its sums have: --columns does, if it is a model of sums')
+        data = SimpleNamespace(seq_len=4 * columns, vocab_size=12, num_puzzle_identifiers=1)
+        longest = max(len(str(int(a) + int(b))) for a, b in (match.groups() for match in sums_asked))
+        if longest > columns:
+            raise ValueError(f'--ask: a sum of {longest} digits does not fit into {columns} columns')
+    else:
+        train_data = None if read_only else opened('train')
+        test_data = opened('test') if read_only or os.path.isdir(os.path.join(data_path, 'test')) else None
+        data = train_data or test_data
+        if test_data and (test_data.seq_len != data.seq_len or test_data.num_puzzle_identifiers != data.num_puzzle_identifiers or not test_data.whole):
+            raise ValueError(f'{data_path}: train and test differ in columns or identifiers, or the test is not of whole sums')
+        found = dict(columns=data.seq_len // 4, **dict(trace=not train_data.whole) if train_data else {})
+        for name, value in found.items():
+            if name in typed_now and config[name] != value:
+                raise ValueError(f'--{name}={config[name]} does not fit {data_path}: {value}')
+            config.assign(name, value)
+            config.given.add(name)  # so that it is stored
+except (ValueError, OverflowError, MemoryError) as error:
+    fail(f'{error}' if ask else f'{error}; to make data: `python prepare/addition.py --output_dir={data_path}`')
+accumulation = -(-max(1, grad_accumulation_steps) // world_size)  # micro-steps per step
+slices = accumulation * world_size
+B = global_batch_size // slices  # slots of one
+if global_batch_size % slices:
+    fail(f'global_batch_size {global_batch_size} is no multiple of {accumulation} micro-step(s) x {world_size} rank(s); '
+         f'the nearest that is: {max(1, round(global_batch_size / slices)) * slices}')
+max_steps = max(total_steps, checkpoint.get('step', 0)) if read_only else total_steps
+if train_data:
+    groups = len(train_data.group_indices) - 1
+    epoch_size = max(1, int(groups * train_data.examples / len(train_data.identifiers)))  # examples
+    steps_per_epoch = epoch_size / global_batch_size
+    if epochs:
+        max_steps = epochs * epoch_size // global_batch_size
+    eval_every = max(1, round(eval_interval * steps_per_epoch) if epochs else eval_interval) if eval_interval else max(1, -(-max_steps // 20))
+    eval_every = eval_every if eval_interval >= 0 and eval_every <= max_steps else -1
+
+@lru_cache(maxsize=2)
+def epoch_examples(epoch):
+    return examples_of_epoch(train_data, seed, epoch, epoch_size)
+
+def loader_state(step):
+    """Where the data of this step begins, and in which data."""
+    epoch, row = divmod(step * global_batch_size, epoch_size)
+    return dict(seed=seed, epoch=epoch, row=row, data=train_data.facts)
+
+def batch(step, micro_step):
+    """(what is offered to the slots of this rank and micro-step, their least_steps)"""
+    begin = (micro_step * world_size + rank) * B
+    numbers = range(step * global_batch_size + begin, step * global_batch_size + begin + B)
+    tensors = puzzle_tensors(train_data, [epoch_examples(i // epoch_size)[i % epoch_size] for i in numbers])
+    tensors['least'] = torch.from_numpy(least_steps(seed, step, global_batch_size, halt_exploration_prob, halt_max_steps)[begin:begin + B])
+    return {name: t.pin_memory() for name, t in tensors.items()} if device_type == 'cuda' else tensors
+
+def on_device(tensors):
+    tensors = {name: t.to(device, non_blocking=True) for name, t in tensors.items()}
+    labels = tensors['labels'].to(torch.int32)
+    return dict(tensors, labels=labels.masked_fill(labels == 0, IGNORE))
+
+prefetcher, prefetched = ThreadPoolExecutor(1), {}
+
+def next_batch(step, micro_step):
+    """batch(step, micro_step) on the device, while a thread prepares the next num_workers ones."""
+    now = step * accumulation + micro_step
+    for i in range(now, now + num_workers + 1):
+        if i not in prefetched:
+            prefetched[i] = prefetcher.submit(batch, *divmod(i, accumulation))
+    return on_device(prefetched.pop(now).result())
+
+# ---- model ---------------------------------------------------------------------------------------------------------
+try:
+    raw_model = TRM(TRMConfig(data.vocab_size, data.seq_len, data.num_puzzle_identifiers, forward_dtype=dtype,
+                              **dict({name: config[name] for name in SHAPE + RECURSION}, puzzle_emb_ndim=vector_size))).to(device)
+except (ValueError, RuntimeError, MemoryError) as error:  # the last two: a table of more puzzles than the memory holds
+    fail(f'no model of {data.num_puzzle_identifiers:,} puzzles: {str(error)[:300]}')
+weights = [copy_loss_weight, copy_loss_weight, carry_loss_weight, sum_loss_weight]
+if len(set(weights)) > 1:
+    raw_model.cell_weights = torch.tensor(weights, device=device).repeat_interleave(data.seq_len // 4)
+judge = copy.deepcopy(raw_model, {id(table): table for table in [getattr(raw_model, 'puzzle_emb', None)] if table}) if ema else raw_model  # what is evaluated
+for name, p in raw_model.named_parameters():
+    p.requires_grad_(not freeze_weights or not freeze_heads and not name.startswith('L_level.'))
+DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(raw_model, [name for name, _ in raw_model.named_buffers()])  # equal on all ranks as it is
+
+def empty_slots():
+    empty = torch.zeros(B, data.seq_len, dtype=torch.uint8, device=device)
+    return raw_model.initial_carry(dict(inputs=empty, labels=empty.int(), puzzle_identifiers=torch.zeros(B, dtype=torch.int64, device=device)))
+
+carries = [empty_slots() for _ in range(accumulation)]  # of this rank, one for each micro-step
+
+# ---- optimizer -----------------------------------------------------------------------------------------------------
+parameters = [p for p in raw_model.parameters() if p.requires_grad]
+optimizers = [AdamATan2(parameters, peak_lr, (beta1, beta2), weight_decay)] if parameters else []  # the puzzles' vectors: sign_sgd, which has no state
+
+def state_files(run):
+    """{file name: content} of a checkpoint, '' for a single file. run: the part that all scripts share (see save)."""
+    average = {name: p.detach() for name, p in judge.named_parameters()} if ema else {}
+    return {'': dict(run, model=raw_model.state_dict(), ema=average, optimizer=optimizer_state(raw_model, optimizers), scaler=scaler.state_dict(),
+                     train_loader_state=loader_state(run['step']))}
+
+def load_weights(checkpoint):
+    weights, average = checkpoint['model'], checkpoint.get('ema') or {}
+    if 'step' not in checkpoint or read_only:
+        weights, changes = fit_trm(dict(weights, **(average if ema else {})), raw_model.config)
+        average = {}
+        for change in changes:
+            print0(f'{checkpoint_file}: {change}')
+    raw_model.load_state_dict(weights)
+    if ema:
+        judge.load_state_dict(dict(raw_model.state_dict(), **average))
+
+def load_training(checkpoint):
+    """Everything else that state_files stored; ValueError if it does not belong to this data."""
+    load_optimizer_state(raw_model, optimizers, checkpoint['optimizer'])  # the present decay and betas stay
+    if len(checkpoint['sums']) != len(METRICS):
+        raise ValueError(f'it sums up {len(checkpoint["sums"])} measures')
+    if checkpoint['train_loader_state']['data'] != train_data.facts:
+        raise ValueError(f'the data in {data_path} changed since: resume with those, or begin a new run in another folder')
+
+def load_carries():
+    global carries
+    carries = deal_carries(checkpoint['ranks'], carries, rank, world_size, data)
+
+# ---- checkpoint (=) ------------------------------------------------------------------------------------------------
+# step: completed optimizer steps. progress: plain numbers that a resume continues. snapshot: what a checkpoint of this step
+# needs beside weights and optimizers, taken before the step draws a random number; top_done: its evaluation is in the log.
+step, snapshot, log_descriptor = 0, None, -1
+progress = dict(val_loss=math.inf, best_val_loss=math.inf, best_step=-1, loss_sum=0.0, loss_count=0, seconds=0.0, wandb_id='', **own_progress)
+
+def cannot_write(path, error):
+    free = shutil.disk_usage(run_dir).free if os.path.isdir(run_dir) else 0
+    return f'cannot write {path}: {error} ({free:,} bytes free); earlier checkpoints are intact'
+
+def log(line, prefix='', show=True):
+    """Append a line to log.txt and print it (rank 0)."""
+    global stop_signal, trouble
+    if show:
+        print0(line)
+    data = (prefix + line + '\n').encode()
+    try:
+        while data and log_descriptor >= 0:
+            data = data[os.write(log_descriptor, data):]
+    except OSError as error:
+        stop_signal, trouble = 1000, cannot_write(os.path.join(run_dir, log_name), error)  # all ranks end in poll()
+
+def take_snapshot(before=None):
+    """At the start of a step; again, given the first one, when its evaluation is done: the generators are those of the start."""
+    return dict(step=step, top_done=before is not None, log_bytes=os.fstat(log_descriptor).st_size if master else 0, progress=dict(progress),
+                rank=before['rank'] if before else dict(rank_state(), rng=generator_states(device_type)))
+
+def rotate():
+    """Delete what is no longer wanted, once what replaces it is on the disk. Damaged files neither count nor go."""
+    for s in [*steps_on_disk('.tmp'), 'best']:
+        remove(checkpoint_path_of(s) + '.tmp')  # of a save that was killed
+    steps = [s for s in steps_on_disk() if checkpoint_path_of(s) not in damaged]
+    newest = 1 if keep == 1 and steps and read_checkpoint(checkpoint_path_of(steps[-1]))[0] else max(keep, 2)
+    for s in steps[:-newest] if keep else []:
+        if s not in permanent:
+            remove(checkpoint_path_of(s))
+
+def save(path):
+    """Write the checkpoint of the snapshot, then rotate. Every rank calls it; rank 0 writes."""
+    own = on_cpu(snapshot['rank'])
+    ranks, problem = [own] * world_size, ''
+    if ddp:
+        dist.gather_object(own, ranks if master else None, group=cpu_group)
+    files = state_files(dict(snapshot['progress'], step=snapshot['step'], top_done=snapshot['top_done'], log_bytes=snapshot['log_bytes'],
+                             ranks=ranks, config=dict(config), given=config.typed()))
+    if master:
+        try:
+            os.fsync(log_descriptor)
+            write_whole(path, files)
+            damaged.discard(path)
+            rotate()
+            size = sum(os.path.getsize(os.path.join(path, name) if name else path) for name in files)
+            print0(f'saved {path} ({size / 1e6:,.1f} MB)')
+        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+            problem = cannot_write(path, error)
+    agree(problem, code=1)
+
+def leave(code):
+    if ddp:
+        dist.destroy_process_group()
+    sys.exit(code)
+
+def poll():
+    """Has any rank been told to stop? Then write the last whole step and leave. Called by all ranks, between micro-steps
+    and evaluation batches: what this step has drawn or summed up so far is forgotten and done again after the resume."""
+    told = stop_signal
+    if ddp:
+        flag = torch.tensor(told)
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=cpu_group)
+        told = int(flag)
+    if told == 1000:
+        fail(trouble, 1)
+    if told > 0:
+        print0(f'stopped by {signal.Signals(told).name}')
+        if not read_only and not (resumed and snapshot['step'] == start_step and os.path.exists(checkpoint_path_of(start_step))):
+            save(checkpoint_path_of(snapshot['step']))
+        leave(128 + told)
+
+# ---- resume (=) ----------------------------------------------------------------------------------------------------
+start_step, top_done, in_place, reseeded, problem = 0, False, False, True, ''
+if resumed:
+    for name, old, new in config.changes(checkpoint['config'], checkpoint_file):
+        if name in shape:
+            fail(f'{name} cannot change on resume: {old} -> {new} ({checkpoint_file})')
+        print0(f'changed since the checkpoint: {name} {old!r} -> {new!r}')
+try:
+    if checkpoint:
+        load_weights(checkpoint)
+    if resumed:
+        load_training(checkpoint)
+        for o in optimizers:  # load_state_dict does not look at shapes
+            for p, state in o.state.items():
+                if any(torch.is_tensor(value) and value.dim() and value.shape != p.shape for value in state.values()):
+                    raise ValueError('the state of the optimizer has other shapes than the weights')
+        start_step, top_done = checkpoint['step'], bool(checkpoint['top_done'])
+        progress = {name: type(value)(checkpoint[name]) for name, value in progress.items()}
+        known = checkpoint['ranks'][rank] if rank < len(checkpoint['ranks']) else None
+        load_rank_state(known)
+        reseeded = known is None or not set_generator_states(known['rng'], device_type)
+except (ValueError, RuntimeError, TypeError, KeyError, IndexError, AttributeError) as error:  # what a file that does not fit provokes
+    fail(f'{checkpoint_file} does not fit: {"no entry " if isinstance(error, KeyError) else ""}{str(error)[:400]}')
+if reseeded:
+    seed_generators(seed, rank, start_step)
+new_ranks = [r for r, new in enumerate(everyone(reseeded)) if new]
+if resumed and new_ranks:
+    print0(f'ranks {new_ranks} are new, or on another kind of device: their generators are seeded from (seed, rank, step)')
+if start_step > max_steps:
+    fail(f'{checkpoint_file} is at step {start_step}, beyond max_steps {max_steps}')
+if len(set(everyone(start_step))) > 1:
+    fail(f'the ranks found different checkpoints in {run_dir}: it must lie where all nodes see it')
+if master and not read_only:
+    log_path = os.path.join(run_dir, log_name)
+    try:
+        os.makedirs(run_dir, exist_ok=True)
+        in_place = resumed and os.path.samefile(os.path.dirname(os.path.normpath(checkpoint_file)) or '.', run_dir)
+        if resumed and not in_place and steps_on_disk():
+            raise ValueError(f'{run_dir} already holds another run: choose an empty folder')
+        if in_place and checkpoint_path:  # what comes after an explicit step belongs to another future
+            later = [checkpoint_path_of(s) for s in steps_on_disk() if s > start_step]
+            best = read_checkpoint(checkpoint_path_of('best'))[0]
+            later += [checkpoint_path_of('best')] if best and best.get('step', 0) > start_step else []
+            for path in later:
+                remove(path + '.old')
+                os.replace(path, path + '.old')
+            if later:
+                print0(f'set aside as *.old, later than step {start_step}:', ', '.join(later))
+        if not in_place and os.path.exists(log_path) and os.path.getsize(log_path):
+            os.replace(log_path, log_path + '.old')
+            print0(f'set aside as {log_name}.old, of a run without a checkpoint: {log_path}')
+        log_descriptor = os.open(log_path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        if in_place and os.fstat(log_descriptor).st_size > checkpoint['log_bytes']:
+            os.ftruncate(log_descriptor, checkpoint['log_bytes'])  # what the steps to be repeated wrote
+        if save_config:
+            config.save(os.path.join(run_dir, 'config.py'))
+    except (OSError, ValueError, TypeError) as error:
+        problem = f'cannot use {run_dir} as the folder of this run: {error}'
+agree(problem)
+wandb_run = None
+if wandb_log and master and not read_only:
+    try:
+        import wandb
+    except ImportError:
+        fail('--wandb_log needs the package wandb: pip install wandb')
+    wandb_run = wandb.init(project=wandb_project, name=run_name or None, config=dict(config), dir=run_dir,
+                           id=progress['wandb_id'] or None, resume='allow')
+    progress['wandb_id'] = wandb_run.id
+
+# ---- compile and wrap (=) ------------------------------------------------------------------------------------------
+if compile:
+    raw_model.compile()  # in place: the names in the state dict stay as they are, and raw_model.forward stays eager
+net = raw_model
+if ddp and data_parallel and not read_only and any(p.requires_grad for p in raw_model.parameters()):
+    net = DistributedDataParallel(raw_model, device_ids=[local_rank] if device_type == 'cuda' else None, gradient_as_bucket_view=True)
+
+# ---- learning rate (=) ---------------------------------------------------------------------------------------------
+def get_lr(step):
+    """Learning rate of the update that follows `step` completed ones: linear warmup, then `schedule` down to floor_lr."""
+    if step < warmup:
+        return peak_lr * (step + 1) / warmup
+    if schedule == 'constant':
+        return peak_lr
+    done = (step - warmup) / max(1, max_steps - warmup)  # 0 to 1; at 1 the run is over
+    if schedule == 'cosine_with_restarts':
+        done = done * cycles % 1
+    return floor_lr + (peak_lr - floor_lr) * (1 + math.cos(math.pi * min(1, done))) / 2
+
+# ---- evaluation ----------------------------------------------------------------------------------------------------
+if compile and judge is not raw_model:
+    judge.compile()
+
+cap = eval_examples or max_eval_batches * global_batch_size  # examples; 0 = all
+
+def at_work(rows):
+    """Let the model answer these questions. Yields (turn, step, outputs, cells (B, S) that it would answer now, which halt here (B,)) after each supervision
+    step. A model of --trace fills in one digit a turn, and its answer is the next question; others have one turn."""
+    question = cells = answer = rows['inputs']
+    vectors = judge.puzzle_emb.rows(rows['puzzle_identifiers']) if vector_size else None
+    for turn in range(columns + 1 if trace else 1):
+        rows = dict(rows, inputs=torch.cat((question[:, :2 * columns], answer[:, 2 * columns:]), 1))
+        carry, going = judge.refill(judge.initial_carry(rows), rows), torch.ones(len(question), dtype=torch.bool, device=device)
+        for s in range(halt_max_steps):
+            carry, outputs = judge(carry, vectors)
+            cells = outputs['logits'].argmax(-1).to(question.dtype)
+            halts = going & (outputs['q_halt_logits'] > 0) if s < halt_max_steps - 1 else going
+            yield turn, s, outputs, cells, halts
+            answer, going = torch.where(halts.unsqueeze(1), cells, answer), going & ~halts
+
+def text_of(row):
+    """The number in a row of tokens, ? for what is no digit; for a person."""
+    return ''.join(' 0123456789'[t - 1] if 1 <= t <= 11 else '?' for t in row).strip().replace(' ', '?')
+
+@torch.no_grad()
+def evaluate(limit=0):
+    """Accuracy on the test problems, or so many of them evenly spread, split over the ranks: after every supervision step (every turn, of a model of --trace),
+    and at the first where the model would halt. A dict of plain numbers; val_loss is the loss at the halt, in nats per cell; exact is a whole sum."""
+    W, count, stages = columns, test_data.examples, columns + 1 if trace else halt_max_steps
+    chosen = np.arange(count) if not 0 < limit < count else np.linspace(0, count - 1, limit).astype(int)
+    exactly = torch.float32 if device_type == 'mps' else torch.float64
+    sums = torch.zeros(stages + 1, 4, dtype=exactly, device=device)  # loss, share of right cells, grid, sum; after each stage, then at the halt
+    steps, answers = torch.zeros((), device=device), []
+    for begin in range(rank * B, len(chosen) + rank * B, B * world_size):  # as many on every rank
+        poll()
+        numbers = np.arange(begin, begin + B)  # always a full batch, one shape for torch.compile: what is too much counts nothing
+        real = torch.from_numpy(numbers < len(chosen)).to(device)
+        rows = on_device(puzzle_tensors(test_data, chosen[np.minimum(numbers, len(chosen) - 1)]))
+        scores, answer = torch.zeros(B, 4, dtype=exactly, device=device), rows['inputs']
+        for turn, s, outputs, cells, halts in at_work(rows):
+            right = ((cells == rows['labels']) | (rows['labels'] == IGNORE))[:, 3 * W:].all(1)
+            now = torch.cat((outputs['scores'].to(exactly), right.unsqueeze(1)), 1)
+            sums[turn if trace else s] += (now * (halts & real if trace else real).unsqueeze(1)).sum(0)
+            scores, answer = torch.where(halts.unsqueeze(1), now, scores), torch.where(halts.unsqueeze(1), cells, answer)
+            steps = steps + (s + 1) * (halts & real).sum()
+        sums[-1] += (scores * real.unsqueeze(1)).sum(0)
+        n = max(0, min(B, len(chosen) - begin))
+        answers.append((chosen[numbers[:n]], scores[:n, 3].cpu().numpy(), answer[:n, 3 * W:].cpu().numpy()))
+    found = everyone((sums.cpu(), steps.item(), answers))
+    sums, steps = sum(f[0] for f in found) / len(chosen), sum(f[1] for f in found) / len(chosen)
+    numbers, right, rows = (np.concatenate(part) for part in zip(*(a for f in found for a in f[2]), strict=True))
+    a, b = test_data.a[numbers], test_data.b[numbers]
+    groups = dict(digits=np.maximum((a >= 0).sum(1), (b >= 0).sum(1)), carry=test_data.carry[numbers])
+    report = dict(val_loss=sums[-1, 0].item(), cell_accuracy=sums[-1, 1].item(), grid_accuracy=sums[-1, 2].item(), exact_accuracy=sums[-1, 3].item(),
+                  halting_steps=steps, exact_accuracy_by_step=sums[:-1, 3].tolist(), examples=len(chosen),
+                  **{f'by_{name}': {str(k): [int(right[of == k].sum()), int((of == k).sum())] for k in np.unique(of)} for name, of in groups.items()})
+    a, b = ([''.join(str(d) for d in row if d >= 0) for row in some] for some in (a, b))
+    report['answers'] = [dict(a=a[i], b=b[i], sum=str(int(a[i]) + int(b[i])), answer=text_of(rows[i]), right=bool(right[i]),
+                              **{name: int(of[i]) for name, of in groups.items()}) for i in np.argsort(numbers)]
+    return report
+
+def say(step, report, whole=False):
+    by_step, unit = report['exact_accuracy_by_step'], 'turn' if trace else 'step'
+    log(f'step {step}/{max_steps} | val loss {report["val_loss"]:.4f} | exact {report["exact_accuracy"]:.4f} at the halt, '
+        f'{by_step[-1]:.4f} after {len(by_step)} {unit}s | cells {report["cell_accuracy"]:.4f} | halts after {report["halting_steps"]:.2f} steps | '
+        f'{report["examples"]:,} examples')
+    log(f'step {step}/{max_steps} | exact by {unit} ' + ' '.join(f'{share:.4f}' for share in by_step))
+    for name, what in (('digits', 'digits of the longer number'), ('carry', 'columns of the longest carry')) if whole else ():
+        log(f'step {step}/{max_steps} | exact by {what} ' + ' '.join(f'{k}: {right / n:.4f} ({n})' for k, (right, n) in report[f'by_{name}'].items()))
+    samples = [f'{r["a"]}+{r["b"]}={r["answer"]}' + ('' if r['right'] else f' ({r["sum"]})') for r in report['answers'][:3]]
+    log(f'step {step}/{max_steps} | sample ' + ', '.join(samples))
+
+def answer_aloud(a, b):
+    """The work of the model on a + b, a grid for every supervision step until it halts."""
+    digits = [np.array([[-1] * (columns - len(number)) + [int(d) for d in number]], np.int8) for number in (a, b)]
+    grid = torch.from_numpy(addition_tokens(*digits, np.zeros((1, columns), bool), np.full((1, columns), -1))).to(device)
+    rows = dict(inputs=grid, labels=torch.full_like(grid, IGNORE, dtype=torch.int32), puzzle_identifiers=torch.zeros(1, dtype=torch.int64, device=device))
+    before, halted, answer = grid, -1, ''
+    for turn, s, outputs, cells, halts in at_work(rows):
+        if turn == halted:
+            continue  # it has halted in this turn: what it would do further on
+        print0(f'{a} + {b}, ' + f'turn {turn + 1}, ' * trace + f'step {s + 1}: would halt with {outputs["q_halt_logits"].sigmoid().item():.4f}')
+        for row in cells[0].view(4, columns).tolist():
+            print0('    ' + ' '.join('.0123456789'[t - 1] if 1 <= t <= 11 else '?' for t in row))
+        if halts:
+            same, before, halted, answer = bool((cells == before)[0, 2 * columns:].all()), cells, turn, text_of(cells[0, 3 * columns:].tolist())
+            if same or not trace:
+                break
+    print0(f'{a} + {b} = {answer}' + (', right' if answer == str(int(a) + int(b)) else f', wrong: {int(a) + int(b)}') + f', after {s + 1} step(s)')
+
+def write_beside(folder, files):
+    """Write {name: content} there, on rank 0; a disk's problem ends all ranks."""
+    problem = ''
+    for name, content in files.items() if master else ():
+        try:
+            os.makedirs(folder or '.', exist_ok=True)
+            write_whole(os.path.join(folder, name), {'': content})
+        except OSError as error:
+            problem = cannot_write(os.path.join(folder, name), error)
+    agree(problem, 1)
+
+if ask:
+    with torch.no_grad():
+        for match in sums_asked:
+            answer_aloud(*(number.lstrip('0') or '0' for number in match.groups()))
+    leave(0)
+if read_only:
+    step = checkpoint.get('step', 0)
+    report = evaluate(cap if {'eval_examples', 'max_eval_batches'} & config.typed_here else 0)
+    say(step, report, whole=True)
+    folder = run_dir if run_dir_typed and 'base_checkpoint' in config.typed_here else os.path.dirname(os.path.normpath(checkpoint_file))
+    errors = [answer for answer in report.pop('answers') if not answer.pop('right')]
+    write_beside(folder, {'eval.json': dict(report, step=step, checkpoint=checkpoint_file, data_path=data_path), 'errors.json': errors})
+    print0(f'wrote {os.path.join(folder, "eval.json")}, and {len(errors):,} wrong answers into errors.json')
+    leave(0)
+
+# ---- training loop -------------------------------------------------------------------------------------------------
+others = dict({name: config[name] for name in config if name not in LAUNCH}, lr_min_ratio=min_lr_ratio, checkpoint_path=run_dir)
+yaml = all_config(dict(config, puzzle_emb_ndim=vector_size, forward_dtype=dtype), others)
+write_beside(run_dir, {'all_config.yaml': yaml} if save_config else {})
+describe = ['git', '-C', os.path.dirname(os.path.abspath(__file__)), 'describe', '--always', '--dirty']
+commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip() if shutil.which('git') else ''
+log('settings given: ' + ' '.join(f'{name}={value!r}' for name, value in config.typed().items()), prefix='# ', show=False)
+table_size = raw_model.puzzle_emb.weights.numel() if vector_size else 0
+for line in (
+    f'{sum(p.numel() for p in raw_model.parameters()):,} parameters in {L_layers} {"mlp_t" if mlp_t else "attention"} layer(s) of width {hidden_size}, '
+    f'and {table_size:,} numbers in the vectors of {data.num_puzzle_identifiers:,} puzzles; {sum(p.numel() for p in parameters):,} of the parameters learn',
+    f'{H_cycles} x ({L_cycles} + 1) applications in a supervision step, at most {halt_max_steps} such steps a puzzle',
+    f'{global_batch_size} slots = {B} x {accumulation} micro-step(s) x {world_size} rank(s)',
+    f'{train_data.examples:,} training examples' + ', a digit each,' * trace + f' of {groups:,} problems in {columns} columns; an epoch is {epoch_size:,} '
+    f'of them, {steps_per_epoch:.2f} steps: {max_steps:,} steps, '
+    f'evaluated every {eval_every} (-1: at the end)',
+    f'{test_data.examples:,} test problems' if test_data else 'no test problems: nothing is evaluated',
+    f'device {device} ({device_name}), dtype {dtype}, compile {compile}, torch {torch.__version__}, commit {commit or "unknown"}',
+    f'run {run_dir}: ' + (f'resumed from {checkpoint_file} at step {start_step}' if resumed else
+                          f'weights from {checkpoint_file}' if checkpoint else f'new, random initialisation, seed {seed}'),
+):
+    log(line, prefix='# ')
+checkpoint = None  # its tensors have been copied
+flops_per_step = raw_model.flops_per_slot() * global_batch_size
+seconds, timed_steps = 0.0, 0
+for step in range(start_step, max_steps + 1):
+    # -- top: what looks at the model after `step` updates; nothing here changes the training
+    last = step == max_steps
+    snapshot = take_snapshot()
+    evaluating = test_data and (eval_every > 0 and step % eval_every == 0 or last)
+    if evaluating and (step > start_step or not top_done):
+        report = evaluate(0 if last else min(cap or 1000, 1000) if step == 0 else cap)  # of the untrained one a look is enough
+        say(step, report, whole=last)
+        progress['val_loss'] = report['val_loss']
+        if not math.isfinite(progress['val_loss']):
+            fail(f'step {step}: validation loss {progress["val_loss"]}; stopped, no checkpoint holds it (try a lower lr)', 1)
+        if wandb_run:
+            wandb_run.log({f'val/{name}': value for name, value in report.items() if isinstance(value, float)}, step=step)
+        if (report['exact_accuracy'], -report['val_loss']) > (progress['best_exact'], -progress['best_val_loss']):
+            progress.update(best_val_loss=report['val_loss'], best_exact=report['exact_accuracy'], best_step=step)
+            snapshot['progress'] = dict(progress)
+            save(checkpoint_path_of('best'))
+    snapshot = take_snapshot(snapshot)
+    wanted = save_every > 0 and step % save_every == 0 or evaluating and checkpoint_every_eval or step in permanent or last
+    if step and wanted and (step > start_step or not top_done):
+        save(checkpoint_path_of(step))
+    if last:
+        break
+
+    # -- one update: one supervision step of every slot
+    started = time.perf_counter()
+    scale = get_lr(step) / peak_lr  # of both learning rates
+    for o in optimizers:
+        for group in o.param_groups:
+            group['lr'] = peak_lr * scale
+    loss_sum, sums, after, used = torch.zeros((), device=device), 0, [], []
+    for micro_step in range(accumulation):
+        poll()
+        rows = next_batch(step, micro_step)
+        least = rows.pop('least')
+        net.require_backward_grad_sync = micro_step == accumulation - 1  # before the forward: DDP reads it there
+        carry = raw_model.refill(carries[micro_step], rows)
+        vectors = raw_model.puzzle_emb.rows(carry['puzzle_identifiers']) if vector_size else None
+        carry, outputs = net(carry, vectors, least)
+        loss = outputs['loss'] / global_batch_size  # over the global count: every slot weighs the same
+        (loss * world_size).backward()  # DDP divides by world_size
+        loss_sum, sums = loss_sum + loss.detach(), sums + outputs['sums']
+        after.append(carry)
+        if vector_size:
+            used.append((carry['puzzle_identifiers'], vectors.grad / world_size))
+        if log_level == 'DEBUG':
+            print0(f'step {step + 1} micro-step {micro_step + 1}/{accumulation} | loss {loss.item() * slices:.6f} '
+                   f'| {1000 * (time.perf_counter() - started):.0f}ms')
+    gradients = [p.grad for p in parameters]
+    if vector_size:  # the vectors' gradients, of the slots of all ranks
+        used = [torch.cat(tensors) for tensors in zip(*used, strict=True)]
+        used = of_all_ranks(used) if ddp else used
+        gradients.append(used[1])
+    reporting = (step + 1) % log_interval == 0 or step == 0 or step + 1 == max_steps
+    norms = ''
+    if log_gradients and reporting:  # of every part of the model, before clipping
+        parts = {'puzzle_emb': gradients[-1:]} if vector_size else {}
+        for name, p in raw_model.named_parameters():
+            if p.requires_grad:
+                parts.setdefault(re.match(r'L_level\.layers\.(\d+\.\w+)|(\w+)', name)[0], []).append(p.grad)
+        norms = ' | grad ' + ' '.join(f'{part} {total_norm(grads).item():.2e}' for part, grads in parts.items())
+    norm = total_norm(gradients)
+    torch.nn.utils.clip_grads_with_norm_(parameters, clip if clip > 0 else math.inf, norm)
+    found = torch.cat((torch.stack((loss_sum, norm / world_size)), sums.to(loss_sum)))  # one host read; NaN or infinity on any rank survives the sum
+    if ddp:
+        dist.all_reduce(found)
+    step_loss, step_norm, *found = found.tolist()
+    if not math.isfinite(step_loss) or not math.isfinite(step_norm):
+        fail(f'step {step + 1}: loss {step_loss}, gradient norm {step_norm}; stopped before the update, no checkpoint holds it '
+             '(try a lower lr or more lr_warmup_steps)', 1)
+    if vector_size and puzzle_emb_lr > 0:
+        sign_sgd(raw_model.puzzle_emb.weights, *used, puzzle_emb_lr * scale, puzzle_emb_weight_decay)
+    for o in optimizers:
+        o.step()
+        o.zero_grad(set_to_none=True)
+    if ema:
+        with torch.no_grad():
+            torch._foreach_lerp_(list(judge.parameters()), list(raw_model.parameters()), 1 - ema_rate)
+    carries = after
+
+    # -- reporting only
+    dt = time.perf_counter() - started
+    seconds, timed_steps = seconds + dt, timed_steps + 1
+    progress.update(loss_sum=progress['loss_sum'] + step_loss, loss_count=progress['loss_count'] + 1, seconds=progress['seconds'] + dt,
+                    sums=[a + b for a, b in zip(progress['sums'], found, strict=True)])
+    if reporting:
+        dt, mean_loss = seconds / timed_steps, progress['loss_sum'] / progress['loss_count']
+        halted = dict(zip(METRICS, progress['sums'], strict=True))
+        cells, exact, turns = (halted[name] / max(1, halted['count']) for name in ('accuracy', 'exact_accuracy', 'steps'))
+        mfu = f'{100 * flops_per_step / dt / world_size / peak_flops:.1f}%' if peak_flops else '-'
+        minutes = int(dt * (max_steps - step - 1) / 60)
+        log(f'step {step + 1}/{max_steps} ({100 * (step + 1) / max_steps:.2f}%) | loss {mean_loss:.6f} | exact {exact:.4f} | cells {cells:.4f} | '
+            f'halts after {turns:.2f} | lr {peak_lr * scale:.2e} | norm {step_norm:.2f} | dt {1000 * dt:.0f}ms | '
+            f'samples/s {global_batch_size / dt:,.0f} | mfu {mfu} | eta {minutes // 60}h{minutes % 60:02d}m{norms}')
+        if wandb_run:
+            wandb_run.log({'train/loss': mean_loss, 'train/exact_accuracy': exact, 'train/accuracy': cells, 'train/steps': turns, 'lr': peak_lr * scale,
+                           'norm': step_norm, 'samples/s': global_batch_size / dt}, step=step + 1)
+        seconds, timed_steps = 0.0, 0
+        progress.update(loss_sum=0.0, loss_count=0, sums=[0.0] * len(METRICS))
+
+# ---- finish --------------------------------------------------------------------------------------------------------
+log(f'done: best val loss {progress["best_val_loss"]:.4f}, exact {max(0, progress["best_exact"]):.4f} at step {progress["best_step"]}, '
+    f'checkpoints in {run_dir}, trained for {progress["seconds"] / 60:.1f} min', prefix='# ')
+poll()
+if wandb_run:
+    wandb_run.finish()
+leave(0)
