@@ -100,7 +100,7 @@ freeze_heads = False             # with freeze_weights: the puzzle's vector alon
 eval_interval = 0                # steps between evaluations, or epochs if epochs says how long; 0 = 20 evaluations in all; -1 = only at the end
 eval_examples = 0                # test problems of an evaluation while training, evenly spread; 0 = all; the last one takes all
 max_eval_batches = 0             # the same in batches of global_batch_size; 0 = all
-eval_only = False                # print the accuracy of a checkpoint on all test problems, or eval_examples typed with it; write eval.json, errors.json
+eval_only = False                # print the accuracy of a checkpoint on all test problems, or eval_examples typed with it; write eval.json, exit
 ask = ''                         # sums like "957+86, 7+5": show the grid after every step of a checkpoint's work on them, exit
 # checkpoint
 checkpoint_every_eval = True     # save after every evaluation
@@ -739,8 +739,8 @@ if read_only:
     say(step, report, whole=True)
     folder = run_dir if run_dir_typed and 'base_checkpoint' in config.typed_here else os.path.dirname(os.path.normpath(checkpoint_file))
     errors = [answer for answer in report.pop('answers') if not answer.pop('right')]
-    write_beside(folder, {'eval.json': dict(report, step=step, checkpoint=checkpoint_file, data_path=data_path), 'errors.json': errors})
-    print0(f'wrote {os.path.join(folder, "eval.json")}, and {len(errors):,} wrong answers into errors.json')
+    write_beside(folder, {'eval.json': dict(report, step=step, checkpoint=checkpoint_file, data_path=data_path, errors=errors)})
+    print0(f'wrote {os.path.join(folder, "eval.json")} with {len(errors):,} wrong answers')
     leave(0)
 
 # ---- training loop -------------------------------------------------------------------------------------------------

@@ -266,6 +266,27 @@ def make_puzzle_data(folder, groups=4, cells=9, vocab_size=5, tests=6, seed=0):
     return folder
 
 
+def make_addition_data(folder, problems=100, tests=6, columns=3, seed=0):
+    """A folder of sums as prepare/addition.py writes them, written out anew: numbers below 100, one puzzle and one group a problem."""
+    import numpy as np
+    rng = np.random.default_rng(seed)
+    for split, n in (('train', problems), ('test', tests)):
+        grids = []
+        for a, b in rng.integers(0, 100, (n, 2)).tolist():
+            carries = ''.join('1' if a % 10 ** j + b % 10 ** j >= 10 ** j else ' ' for j in range(columns - 1, 0, -1)) + ' '
+            rows = [[1 if c == ' ' else int(c) + 2 for c in text.rjust(columns)] for text in (str(a), str(b), carries, str(a + b))]
+            grids.append((rows[0] + rows[1] + [1] * 2 * columns, sum(rows, [])))
+        inputs, labels = np.array(grids, np.uint8).swapaxes(0, 1)
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        for name, array in dict(inputs=inputs, labels=labels, puzzle_identifiers=np.zeros(n), puzzle_indices=np.arange(n + 1), group_indices=np.arange(n + 1)).items():
+            np.save(folder / split / f'all__{name}.npy', array if array.ndim == 2 else array.astype(np.int32))
+        (folder / split / 'dataset.json').write_text(json.dumps(dict(
+            pad_id=0, ignore_label_id=0, blank_identifier_id=0, vocab_size=12, seq_len=4 * columns, num_puzzle_identifiers=1, total_groups=n,
+            mean_puzzle_examples=1.0, total_puzzles=n, sets=['all'])))
+    (folder / 'identifiers.json').write_text('["<blank>"]')
+    return folder
+
+
 def serve_run(request):
     """The script, in the child; ends the process as the interpreter would, but without taking torch apart (half a second)."""
     code = 0

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from harness import KILL_AT, ROOT, VOLATILE, clean_log, differences, load, make_puzzle_data, make_rows_data, make_text_data
+from harness import KILL_AT, ROOT, VOLATILE, clean_log, differences, load, make_addition_data, make_puzzle_data, make_rows_data, make_text_data
 
 # script      its file name
 # args        tiny settings: 8 steps, evaluation and checkpoint every 2, a sample every 4, dropout, 3 steps a log line
@@ -119,6 +119,35 @@ CASES = dict(
         eval_json={'step', 'val_loss', 'checkpoint', 'data_paths', 'cell_accuracy', 'exact_accuracy', 'halting_steps', 'cell_accuracy_by_step',
                    'exact_accuracy_by_step', 'examples'},
         names=dict(data_root='data_paths', max_lr='lr', warmup_steps='lr_warmup_steps'),
+        foreign=lambda folder: None,
+        lenient=False,
+        at_start=False,
+        ways=dict(float32=[(0, 4), (1, 4), (2, 4), (4, 4), (0, 1), (2, 1), (0, 8)], float64=[(0, 1), (0, 4), (2, 4), (4, 1)]),
+        slicing='grad_accumulation_steps',
+        seen="args[1]['inputs']",
+        loss=("carry, outputs = result; result = outputs['loss']", "outputs['loss'] = result; result = carry, outputs"),
+        decays=[0.3],
+        draws=False,
+        without=('total_batch_size', 'val_tokens', 'dropout', 'batch_size', 'generate_interval', 'max_new_tokens'),
+    ),
+    finetune_addition=dict(
+        script='finetune_addition.py',
+        args=dict(data_root='data', hidden_size=32, num_heads=2, multiple_of=16, L_layers=1, H_cycles=2, L_cycles=1, mlp_t=True, pos_encodings='none', puzzle_emb_len=1,
+                  halt_max_steps=3, halt_exploration_prob=0.5, global_batch_size=8, grad_accumulation_steps=4, max_steps=8, warmup_steps=2, max_lr=1e-2,
+                  ema=True, ema_rate=0.5, copy_loss_weight=0.5, eval_interval=2, checkpoint_interval=2, checkpoint_every_eval=False, log_interval=3),
+        micro_steps=4,
+        folder='log_dir',
+        log='log.txt',
+        data=make_addition_data,
+        few=lambda folder: make_addition_data(folder, problems=24),
+        name=lambda step: 'step_best' if step == 'best' else f'step_{step}',
+        model='trm.TRM',
+        sampler='',
+        change=lambda folder: make_addition_data(folder, seed=1),
+        shape=dict(hidden_size=64, L_layers=2, mlp_t=False, global_batch_size=16),
+        eval_json={'step', 'val_loss', 'checkpoint', 'data_path', 'cell_accuracy', 'grid_accuracy', 'exact_accuracy', 'halting_steps', 'exact_accuracy_by_step',
+                   'by_digits', 'by_carry', 'examples', 'errors'},
+        names=dict(data_root='data_path', max_lr='lr', warmup_steps='lr_warmup_steps', max_steps='total_steps'),
         foreign=lambda folder: None,
         lenient=False,
         at_start=False,
