@@ -128,14 +128,14 @@ def main():
         fail(f'--columns={columns}: the sum of two numbers of {max_digits} digits needs {max_digits + 1}')
     generator, known = np.random.default_rng(seed), set()
     splits = {split: problems(count, known, generator) for split, count in (('test', test_size), ('train', train_size))}
+    for split, asked in (('test', test_size), ('train', train_size)):
+        if (n := len(splits[split][0])) < asked:
+            print0(f'{split}: there are only {n:,} pairs of {min_digits} to {max_digits} digits' + ' besides those of the test' * (split == 'train'))
+    if not n:
+        fail('nothing is left to train on: a smaller --test_size leaves more')
     folder = new_folder(output_dir)
     for split, (a, b) in splits.items():
         n = len(a)
-        asked = train_size if split == 'train' else test_size
-        if n < asked:
-            print0(f'{split}: there are only {n:,} pairs of {min_digits} to {max_digits} digits' + ' besides those of the test' * (split == 'train'))
-        if not n:
-            fail('nothing is left to train on: a smaller --test_size leaves more')
         copies = 1 + (num_aug if split == 'train' else 0)
         a, b = (np.stack(pair[:copies], 1).reshape(n * copies, columns) for pair in ((a, b), (b, a)))
         carries, total, longest = add_columns(a, b)
