@@ -83,9 +83,9 @@ def carry_far(a, b, generator):
         b[:, j] = np.where(arises, generator.integers(10 - top, 10), b[:, j])
 
 
-def problems(count, forbidden, generator):
-    """(a, b) (n, columns) digits of up to `count` pairs that are neither in `forbidden` nor twice there; adds them to it."""
-    found, n, idle = [], 0, 0
+def problems(count, generator):
+    """(a, b) (n, columns) digits of up to `count` pairs, no pair twice, in whatever order of the two."""
+    found, known, n, idle = [], set(), 0, 0
     while n < count and idle < 20:  # 20 batches without a new pair: there are no more
         size = max(4096, count - n)
         a, b = numbers(size, generator), numbers(size, generator)
@@ -97,8 +97,8 @@ def problems(count, forbidden, generator):
         for i in range(size):
             first, second = a[i].tobytes(), b[i].tobytes()
             pair = min(first, second) + max(first, second)
-            if pair not in forbidden and n + len(kept) < count:
-                forbidden.add(pair)
+            if pair not in known and n + len(kept) < count:
+                known.add(pair)
                 kept.append(i)
         found.append((a[kept], b[kept]))
         n, idle = n + len(kept), 0 if kept else idle + 1
@@ -126,13 +126,14 @@ def main():
     columns = max_digits + 1 if columns < 0 else columns
     if columns <= max_digits:
         fail(f'--columns={columns}: the sum of two numbers of {max_digits} digits needs {max_digits + 1}')
-    generator, known = np.random.default_rng(seed), set()
-    splits = {split: problems(count, known, generator) for split, count in (('test', test_size), ('train', train_size))}
-    for split, asked in (('test', test_size), ('train', train_size)):
-        if (n := len(splits[split][0])) < asked:
-            print0(f'{split}: there are only {n:,} pairs of {min_digits} to {max_digits} digits' + ' besides those of the test' * (split == 'train'))
-    if not n:
+    generator = np.random.default_rng(seed)
+    a, b = problems(train_size + test_size, generator)
+    order = generator.permutation(len(a))  # the common ones were found first: short numbers must be in both
+    if len(a) < train_size + test_size:
+        print0(f'there are only {len(a):,} pairs of {min_digits} to {max_digits} digits')
+    if len(a) <= test_size:
         fail('nothing is left to train on: a smaller --test_size leaves more')
+    splits = {split: (a[some], b[some]) for split, some in (('test', order[:test_size]), ('train', order[test_size:]))}
     folder = new_folder(output_dir)
     for split, (a, b) in splits.items():
         n = len(a)
