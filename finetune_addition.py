@@ -94,10 +94,10 @@ ema_rate = 0.999                 # its memory: 1 / (1 - ema_rate) steps
 copy_loss_weight = 1.0           # of the two rows of the question, which the answer repeats; 0 = they are neither learned nor judged
 carry_loss_weight = 1.0          # of the row of the carries; 0 = the same
 sum_loss_weight = 1.0            # of the row of the sum
-freeze_weights = False           # learn the puzzle's vector, token embeddings and heads alone: what another vocabulary needs first
+freeze_weights = False           # learn the puzzle's vector, embeddings and heads alone: what another vocabulary needs first
 freeze_heads = False             # with freeze_weights: the puzzle's vector alone
 # evaluation
-eval_interval = 0                # steps between evaluations, or epochs if epochs says how long; 0 = 20 evaluations in all; -1 = only at the end
+eval_interval = 0                # steps between evaluations, or epochs if epochs says how long; 0 = about 20 evaluations in all; -1 = only at the end
 eval_examples = 0                # test problems of an evaluation while training, evenly spread; 0 = all; the last one takes all
 max_eval_batches = 0             # the same in batches of global_batch_size; 0 = all
 eval_only = False                # print the accuracy of a checkpoint on all test problems, or eval_examples typed with it; write eval.json, exit
@@ -151,13 +151,16 @@ def checkpoint_path_of(step):
 
 def checkpoint_of(path):  # one dict, whatever the files; ValueError if it is damaged
     found = read_whole(path)
-    return found if isinstance(found, dict) and 'step' in found else read_trm(path)
+    others = isinstance(found, dict) and isinstance(found.get('config'), dict) and 'data_paths' in found['config']  # pretrain_trm.py's are weights here
+    return found if isinstance(found, dict) and 'step' in found and not others else read_trm(path)
 
 if 'base_checkpoint' in config.typed_here and base_checkpoint:
     if checkpoint_path:
         fail('--base_checkpoint and --checkpoint_path name two beginnings: give one')
     if read_only:  # in a run's config.py it says where that run began
         config.assign('checkpoint_path', base_checkpoint)
+if eval_only and ask:
+    fail('--eval_only and --ask: one at a time')
 sums_asked = [re.fullmatch(r'\s*(\d+)\s*\+\s*(\d+)\s*', text, re.ASCII) for text in ask.split(',')] if ask else []
 if None in sums_asked:
     fail(f'--ask={ask!r}: expected a sum like 957+86, or several with commas between them')
@@ -240,7 +243,7 @@ save_every, keep, permanent = checkpoint_interval, keep_last_n_checkpoints, perm
 peak_lr, floor_lr, warmup, clip = lr, min_lr_ratio * lr, lr_warmup_steps, grad_clip
 schedule, cycles = lr_scheduler if decay_lr else 'constant', lr_restarts + 1
 wandb_project = project_name
-shape = (*SHAPE, 'global_batch_size')  # settings that a resumed model cannot change
+shape = (*SHAPE, 'global_batch_size', 'freeze_weights', 'freeze_heads')  # settings that a resumed model cannot change
 data_parallel = True  # False: the script sums the gradients itself, without DistributedDataParallel
 rank_state, load_rank_state = lambda: dict(carry=carries), lambda stored: load_carries()  # what each rank alone knows beside its generators
 own_progress = dict(sums=[0.0] * len(METRICS), best_exact=-1.0)  # of the slots since the last log line; of step_best
@@ -252,10 +255,10 @@ if sum_loss_weight <= 0:
     fail(f'--sum_loss_weight={sum_loss_weight}: without the sum there is nothing to learn')
 if epochs and {'epochs', 'total_steps'} <= config.typed_here:
     fail('--epochs and --total_steps are two lengths: give one')
-if 'total_steps' in typed_now and 'epochs' not in typed_now:
+if 'total_steps' in config.typed_here or 'total_steps' in typed_now and 'epochs' not in typed_now:
     config.assign('epochs', 0)  # a stored one
-if freeze_weights and freeze_heads and not vector_size:
-    fail('--freeze_heads leaves the vector of the puzzle to learn, and --puzzle_emb_ndim=0 has none')
+if freeze_heads and not (freeze_weights and vector_size and puzzle_emb_lr):
+    fail('--freeze_heads goes with --freeze_weights and leaves the vector of the puzzle to learn: not with --puzzle_emb_ndim=0 or --puzzle_emb_lr=0')
 
 # ---- distributed (=) -----------------------------------------------------------------------------------------------
 ddp = 'RANK' in os.environ  # set by torchrun
@@ -323,15 +326,15 @@ def opened(split):
     """The problems of a split and their numbers a, b (n, W) of digits; `whole`: the answers are the sums, not the next state of the grid."""
     data = open_puzzles([data_path], split)
     where, W = os.path.join(data_path, split), data.seq_len // 4
-    if data.vocab_size != 12 or data.seq_len != 4 * W:
-        raise ValueError(f'{where}: {data.seq_len} cells of {data.vocab_size} tokens are no sums: these have four rows and 12 tokens')
+    if data.vocab_size != 12 or data.seq_len != 4 * W or W > 1000:
+        raise ValueError(f'{where}: {data.seq_len} cells of {data.vocab_size} tokens are no sums: these have four rows of 1,000 cells at most and 12 tokens')
     inputs, labels, _ = data.rows(np.arange(data.examples))
     (data.a, a_valid), (data.b, b_valid) = addition_numbers(inputs[:, :W]), addition_numbers(inputs[:, W:2 * W])
     carries, total, data.carry = add_columns(data.a, data.b)
     data.whole = bool((inputs[:, 2 * W:] == 1).all())
     wrong = ~(a_valid & b_valid) | (np.maximum(data.a[:, 0], 0) + np.maximum(data.b[:, 0], 0) + carries[:, 0] > 9)
     if data.whole:
-        wrong |= ((labels != addition_tokens(data.a, data.b, carries, total)) & (labels != 0)).any(1)
+        wrong |= ((labels != addition_tokens(data.a, data.b, carries, total)) & (labels != 0)).any(1) | (labels[:, 3 * W:] == 0).any(1)
     if wrong.any():
         raise ValueError(f'{where}: row {int(wrong.argmax())} is no sum of two numbers')
     return data
@@ -339,8 +342,9 @@ def opened(split):
 train_data = test_data = None
 try:
     if ask:
-        if not columns:
-            raise ValueError(f'{checkpoint_file} does not tell how many columns its sums have: --columns does, if it is a model of sums')
+        if not 0 < columns <= 1000:
+            raise ValueError(f'--columns={columns}: expected 1,000 at most' if columns else f'{checkpoint_file} does not tell how many columns its sums have: '
+                             '--columns does, if it is a model of sums')
         data = SimpleNamespace(seq_len=4 * columns, vocab_size=12, num_puzzle_identifiers=1)
         longest = max(len(str(int(a) + int(b))) for a, b in (match.groups() for match in sums_asked))
         if longest > columns:
@@ -353,10 +357,12 @@ try:
             raise ValueError(f'{data_path}: train and test differ in columns or identifiers, or the test is not of whole sums')
         found = dict(columns=data.seq_len // 4, **dict(trace=not train_data.whole) if train_data else {})
         for name, value in found.items():
-            if name in typed_now and config[name] != value:
+            if name in config.typed_here and name in config.given and config[name] != value:
                 raise ValueError(f'--{name}={config[name]} does not fit {data_path}: {value}')
             config.assign(name, value)
             config.given.add(name)  # so that it is stored
+        if train_data and trace and carry_loss_weight <= 0:
+            raise ValueError('--carry_loss_weight=0: a model of single digits reads its own carries, it has to learn them')
 except (ValueError, OverflowError, MemoryError) as error:
     fail(f'{error}' if ask else f'{error}; to make data: `python prepare/addition.py --output_dir={data_path}`')
 accumulation = -(-max(1, grad_accumulation_steps) // world_size)  # micro-steps per step
@@ -371,7 +377,7 @@ if train_data:
     epoch_size = max(1, int(groups * train_data.examples / len(train_data.identifiers)))  # examples
     steps_per_epoch = epoch_size / global_batch_size
     if epochs:
-        max_steps = epochs * epoch_size // global_batch_size
+        max_steps = max(1, epochs * epoch_size // global_batch_size)
     eval_every = max(1, round(eval_interval * steps_per_epoch) if epochs else eval_interval) if eval_interval else max(1, -(-max_steps // 20))
     eval_every = eval_every if eval_interval >= 0 and eval_every <= max_steps else -1
 
@@ -630,7 +636,9 @@ def get_lr(step):
 if compile and judge is not raw_model:
     judge.compile()
 
-cap = eval_examples or max_eval_batches * global_batch_size  # examples; 0 = all
+cap = max_eval_batches * global_batch_size  # examples; 0 = all
+if 'eval_examples' in config.typed_here or 'max_eval_batches' not in config.typed_here:
+    cap = eval_examples or cap
 
 def at_work(rows):
     """Let the model answer these questions. Yields (turn, step, outputs, cells (B, S) that it would answer now, which halt here (B,)) after each supervision
@@ -705,9 +713,11 @@ def answer_aloud(a, b):
     grid = torch.from_numpy(addition_tokens(*digits, np.zeros((1, columns), bool), np.full((1, columns), -1))).to(device)
     rows = dict(inputs=grid, labels=torch.full_like(grid, IGNORE, dtype=torch.int32), puzzle_identifiers=torch.zeros(1, dtype=torch.int64, device=device))
     before, halted, answer = grid, -1, ''
+    shown = 0
     for turn, s, outputs, cells, halts in at_work(rows):
         if turn == halted:
             continue  # it has halted in this turn: what it would do further on
+        shown += 1
         print0(f'{a} + {b}, ' + f'turn {turn + 1}, ' * trace + f'step {s + 1}: would halt with {outputs["q_halt_logits"].sigmoid().item():.4f}')
         for row in cells[0].view(4, columns).tolist():
             print0('    ' + ' '.join('.0123456789'[t - 1] if 1 <= t <= 11 else '?' for t in row))
@@ -715,7 +725,7 @@ def answer_aloud(a, b):
             same, before, halted, answer = bool((cells == before)[0, 2 * columns:].all()), cells, turn, text_of(cells[0, 3 * columns:].tolist())
             if same or not trace:
                 break
-    print0(f'{a} + {b} = {answer}' + (', right' if answer == str(int(a) + int(b)) else f', wrong: {int(a) + int(b)}') + f', after {s + 1} step(s)')
+    print0(f'{a} + {b} = {answer}' + (', right' if answer == str(int(a) + int(b)) else f', wrong: {int(a) + int(b)}') + f', after {shown} step(s)')
 
 def write_beside(folder, files):
     """Write {name: content} there, on rank 0; a disk's problem ends all ranks."""

@@ -150,7 +150,8 @@ def checkpoint_path_of(step):
 
 def checkpoint_of(path):  # one dict, whatever the files; ValueError if it is damaged
     found = read_whole(path)
-    return found if isinstance(found, dict) and 'step' in found else read_trm(path)
+    others = isinstance(found, dict) and isinstance(found.get('config'), dict) and 'data_path' in found['config']  # finetune_addition.py's are weights here
+    return found if isinstance(found, dict) and 'step' in found and not others else read_trm(path)
 
 if 'load_checkpoint' in config.typed_here and load_checkpoint:
     if checkpoint_path:
@@ -599,7 +600,9 @@ def get_lr(step):
 if compile and judge is not raw_model:
     judge.compile()
 
-cap = eval_examples or max_eval_batches * global_batch_size  # examples; 0 = all
+cap = max_eval_batches * global_batch_size  # examples; 0 = all
+if 'eval_examples' in config.typed_here or 'max_eval_batches' not in config.typed_here:
+    cap = eval_examples or cap
 
 @torch.no_grad()
 def evaluate(limit=0):

@@ -562,6 +562,8 @@ def _arch_of(path):
 def adopt_trm(config, shape, where):
     """Make the shape that read_trm found that of the settings (a Config), as if it had been typed. ValueError if something else was typed, or if nobody
     says what the weights do not tell; how often and how long the model recurs may be typed anew."""
+    if config['puzzle_emb_ndim'] == -1 and shape['puzzle_emb_ndim'] == shape['hidden_size']:  # the same in other words
+        config.given.discard('puzzle_emb_ndim')
     for name in SHAPE:
         if name in shape and name in config.given and config[name] != shape[name]:
             raise ValueError(f'--{name}={config[name]} is not that of {where}: {shape[name]}')

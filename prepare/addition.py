@@ -87,7 +87,7 @@ def problems(count, generator):
     """(a, b) (n, columns) digits of up to `count` pairs, no pair twice, in whatever order of the two."""
     found, known, n, idle = [], set(), 0, 0
     while n < count and idle < 20:  # 20 batches without a new pair: there are no more
-        size = max(4096, count - n)
+        size = min(max(4096, count - n), 2 ** 18)
         a, b = numbers(size, generator), numbers(size, generator)
         far = generator.random(size) < carry_share
         a_far, b_far = a[far], b[far]
@@ -124,13 +124,13 @@ def main():
     if carry_share > 1:
         fail(f'--carry_share={carry_share}: expected a share, 0 to 1')
     columns = max_digits + 1 if columns < 0 else columns
-    if columns <= max_digits:
-        fail(f'--columns={columns}: the sum of two numbers of {max_digits} digits needs {max_digits + 1}')
+    if not max_digits < columns <= 1000:
+        fail(f'--columns={columns}: the sum of two numbers of {max_digits} digits needs {max_digits + 1}, and 1,000 are the most')
     generator = np.random.default_rng(seed)
     a, b = problems(train_size + test_size, generator)
     order = generator.permutation(len(a))  # the common ones were found first: short numbers must be in both
     if len(a) < train_size + test_size:
-        print0(f'there are only {len(a):,} pairs of {min_digits} to {max_digits} digits')
+        print0(f'only {len(a):,} different pairs of {min_digits} to {max_digits} digits were found')
     if len(a) <= test_size:
         fail('nothing is left to train on: a smaller --test_size leaves more')
     splits = {split: (a[some], b[some]) for split, some in (('test', order[:test_size]), ('train', order[test_size:]))}

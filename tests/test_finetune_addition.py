@@ -14,6 +14,7 @@ import pytest
 import torch
 from harness import ROOT, load, make_addition_data, make_puzzle_data, make_text_data
 from test_configurator import GUIDES
+from test_pretrain_trm import EAGER, SEEN
 from test_puzzles import prepare
 
 import trm
@@ -88,6 +89,7 @@ def test_lengths_are_independent_and_half_of_the_problems_carry_far(tmp_path):
     assert sizes[2:, 2:].min() > 100 and sizes[2:, 2:].max() < 240  # 6000 / 36 each; of one digit there are only a few pairs
     longest = trm.add_columns(a, b)[2]
     assert (longest == 6).sum() > 100 and (longest >= 4).mean() > 0.1
+    assert ((longest >= 4) & (np.maximum(a[:, -1], 0) + np.maximum(b[:, -1], 0) < 10)).sum() > 50  # which did not arise in the units
     data = made(tmp_path / 'none', '--max_digits=6', '--train_size=6000', '--carry_share=0')['train']
     inputs, _, _ = data.rows(range(data.examples))
     assert (trm.add_columns(*(trm.addition_numbers(inputs[:, i * 7:i * 7 + 7])[0] for i in (0, 1)))[2] >= 4).mean() < 0.005
@@ -135,6 +137,8 @@ def test_every_example_is_reachable(tmp_path, args):
     size = int(40 * data.examples / len(data.identifiers))
     seen = np.concatenate([trm.examples_of_epoch(data, 0, epoch, size) for epoch in range(12)])
     assert set(seen) == set(range(data.examples))
+    orders = {tuple(np.diff(seen[np.isin(seen, range(data.puzzle_indices[p], data.puzzle_indices[p + 1]))])) for p in range(40)}
+    assert not args or '--trace' not in args or any(min(order) < 0 for order in orders)
 
 
 def test_the_seed_decides(tmp_path):
@@ -174,7 +178,7 @@ def test_lengths_and_evaluations(trains, tmp_path):
     (['--data_path=nowhere'], 'prepare/addition.py --output_dir=nowhere'), (['--sum_loss_weight=0'], 'nothing to learn'), (['--freeze_weights', '--freeze_heads', '--puzzle_emb_ndim=0'], 'freeze_heads'),
     (['--base_checkpoint=run/step_9'], 'does not exist'), (['--columns=4'], '--columns=4 does not fit data: 3'), (['--trace'], '--trace=True does not fit data: False'),
     (['--base_checkpoint=a', '--checkpoint_path=b', '--resume'], 'two beginnings'), (['--ask=12+'], '957+86'), (['--ask=a+b'], '957+86'), (['--ask=1+2,,3+4'], '957+86'), (['--ask=-1+2'], '957+86'),
-    (['--ask=１+2'], '957+86'),
+    (['--ask=１+2'], '957+86'), (['--freeze_heads'], '--freeze_weights'), (['--freeze_heads', '--freeze_weights', '--puzzle_emb_lr=0'], 'puzzle_emb_lr'), (['--ask=1+2', '--eval_only'], 'one at a time'),
 ], ids=lambda x: ' '.join(x) if isinstance(x, list) else '')
 def test_what_cannot_be_is_said_in_one_line(trains, tmp_path, args, told):
     assert told in trains(*args).one_line(2)
@@ -186,15 +190,15 @@ def test_data_that_are_no_sums(trains, tmp_path):
     make_puzzle_data(tmp_path / 'sudoku', cells=16, vocab_size=6)
     assert '16 cells of 6 tokens are no sums' in trains('--data_path=sudoku').one_line(2)
     for split, array, (row, cell), value, told in (
-            ('train', 'labels', (3, 11), 0, ''), ('train', 'labels', (3, 11), 1, 'row 3 is no sum'), ('test', 'labels', (2, 8), 3, 'row 2'), ('train', 'inputs', (5, 0), 0, 'row 5'),
-            ('train', 'inputs', (6, 2), 1, 'row 6'), ('train', 'inputs', (4, 2), 12, 'token 12 in row 4, cell 2'), ('test', 'inputs', (0, 7), 5, 'whole sums')):
+            ('train', 'labels', (3, 5), 0, ''), ('train', 'labels', (3, 11), 0, 'row 3'), ('train', 'labels', (3, 11), 1, 'row 3 is no sum'), ('test', 'labels', (2, 8), 3, 'row 2'), ('train', 'inputs', (5, 0), 0, 'row 5'),
+            ('train', 'inputs', (6, 2), 1, 'row 6'), ('train', 'inputs', (7, slice(0, 3)), [3, 1, 4], 'row 7'), ('train', 'inputs', (8, slice(3, 6)), [2, 1, 1], 'row 8'), ('train', 'inputs', (4, 2), 12, 'token 12 in row 4, cell 2'), ('test', 'inputs', (0, 7), 5, 'whole sums')):
         shutil.rmtree(tmp_path / 'data')
         make_addition_data(tmp_path / 'data')
         path = tmp_path / f'data/{split}/all__{array}.npy'
         numbers = np.load(path)
         numbers[row, cell] = value
         np.save(path, numbers)
-        run = trains('--total_steps=1', f'--log_dir=r{row}_{value}')
+        run = trains('--total_steps=1', f'--log_dir=r{row}_{told}'.replace(' ', ''))
         assert run.ok() if not told else told in run.one_line(2), run.err
     make_addition_data(tmp_path / 'data')
     grid = np.load(tmp_path / 'data/train/all__inputs.npy')
@@ -271,6 +275,56 @@ def test_the_laptop_command_learns(launcher, tmp_path):
     assert column(run, 'exact')[-2] > 0.7, run.out
 
 
+def test_weights_of_rows_from_the_command_line(trains, tmp_path):
+    record = """
+import json, trm
+real = trm.act_loss
+def act_loss(*args):
+    open('weights.json', 'w').write(json.dumps(args[5].tolist()))
+    return real(*args)
+trm.act_loss = act_loss
+"""
+    trains('--copy_loss_weight=0.25', '--carry_loss_weight=0', '--sum_loss_weight=2', '--total_steps=1', prelude=record).ok()
+    assert report(tmp_path / 'weights.json') == [0.25] * 6 + [0] * 3 + [2] * 3
+
+
+def test_ema_and_the_rate_of_the_vector(trains, tmp_path):
+    trains('--ema_rate=0.75', '--checkpoint_interval=1', '--puzzle_emb_lr=0.25', '--puzzle_emb_weight_decay=0').ok()
+    one, two = (load(tmp_path / f'run/step_{s}') for s in (1, 2))
+    assert one['ema'].keys() == {name for name in one['model'] if name not in ('H_init', 'L_init', 'puzzle_emb.weights')}
+    for name, average in two['ema'].items():
+        assert torch.allclose(average, 0.75 * one['ema'][name] + 0.25 * two['model'][name], rtol=1e-5, atol=1e-7), name
+    table = [stored['model']['puzzle_emb.weights'] for stored in (one, two)]
+    assert set(table[0].abs().unique().tolist()) == {0.125} and {round(x, 3) for x in (table[1] - table[0]).abs().unique().tolist()} == {0.25}  # warmup of two steps
+
+
+def test_epochs_differ_and_exploration_keeps_slots_at_work(trains, tmp_path):
+    trains('--total_steps=25', '--eval_interval=-1', '--num_workers=0', '--halt_max_steps=1', prelude=SEEN).ok()
+    offered = [number for numbers in report(tmp_path / 'offered.json') if len(numbers) == 8 for number in numbers]
+    assert sorted(offered[:100]) == sorted(offered[100:200]) == list(range(100)) and offered[:100] != offered[100:200]
+    always = ['--halt_max_steps=6', '--total_steps=12', '--eval_interval=-1', '--log_interval=12', '--lr=1e-6']
+    halts = {p: column(trains(*always, f'--halt_exploration_prob={p}', f'--log_dir=p{p}', prelude=EAGER).ok(), 'halts after')[-2] for p in (0, 1)}
+    assert halts[0] == 1 and 2.5 < halts[1] < 4.5
+
+
+def test_a_settings_file_leaves_what_is_derived_open(trains, tmp_path):
+    trains(base=ROPE).ok()
+    trains('run/config.py', '--base_checkpoint=run/step_4', '--log_dir=second', base=[]).ok()
+    trains('run/config.py', '--hidden_size=8', '--log_dir=narrow', base=[]).ok()
+    assert load(tmp_path / 'narrow/step_4')['model']['puzzle_emb.weights'].shape == (1, 8)
+    make_addition_data(tmp_path / 'wide', columns=8)
+    trains('run/config.py', '--eval_only', '--data_path=wide', base=[]).ok()
+    trains('run/config.py', '--columns=0', '--data_path=wide', '--log_dir=third', base=[]).ok()
+    trains('--epochs=1', '--log_dir=ep', base=[word for word in BASE if not word.startswith('--total')]).ok()
+    trains('ep/config.py', '--total_steps=3', '--log_dir=ep2', base=[]).ok()
+    assert (tmp_path / 'ep2/step_3').exists() and (tmp_path / 'ep/step_12').exists()
+
+
+def test_what_a_resume_cannot_change(trains, tmp_path):
+    trains('--freeze_weights').ok()
+    assert 'freeze_weights cannot change on resume: True -> False' in trains('--auto_resume', '--no-freeze_weights').one_line(2)
+
+
 # ---- evaluation
 def test_the_evaluation_is_that_of_a_plain_loop(trains, tmp_path):
     make_addition_data(tmp_path / 'data', tests=30)
@@ -317,9 +371,30 @@ def test_the_evaluation_is_that_of_a_plain_loop(trains, tmp_path):
     again = report(tmp_path / 'run/eval.json')
     assert again['errors'] == wrong
     assert {name: value for name, value in again.items() if isinstance(value, float)} == pytest.approx({n: v for n, v in found.items() if isinstance(v, float)}, abs=1e-6)
-    for args, count in (([], 30), (['--eval_examples=3'], 3), (['--max_eval_batches=1', '--eval_examples=0'], 8)):
+    for args, count in (([], 30), (['--eval_examples=3'], 3), (['--max_eval_batches=1', '--eval_examples=0'], 8), (['--max_eval_batches=2'], 16)):
         trains('--eval_only', *args, base=['--log_dir=run']).ok()
         assert report(tmp_path / 'run/eval.json')['examples'] == count
+
+
+def test_the_best_is_the_most_exact_one(trains, tmp_path):
+    """Of two evaluations with the same exact accuracy it is the one with the lower loss."""
+    fake = """
+import trm, torch
+real, calls = trm.TRM.forward, []
+def forward(self, carry, rows=None, min_steps=None):
+    carry, outputs = real(self, carry, rows, min_steps)
+    if not torch.is_grad_enabled():
+        calls.append(1)
+        k = (len(calls) - 1) // 3  # one batch, three steps
+        right = carry['labels'].clone()
+        right[(0, 4, 2, 4, 4)[k]:, 9:] = 0
+        outputs['logits'] = torch.nn.functional.one_hot(right.long().clamp(min=0), 12).float()
+        outputs['scores'] = torch.full_like(outputs['scores'], (0.9, 0.8, 0.5, 0.7, 0.75)[k])
+    return carry, outputs
+trm.TRM.forward = forward
+"""
+    run = trains('--eval_interval=1', prelude=fake).ok()
+    assert load(tmp_path / 'run/step_best')['step'] == 3 and 'best val loss 0.7000, exact 0.6667 at step 3' in run.out
 
 
 RIGHT = """
@@ -354,6 +429,9 @@ def test_a_model_of_single_digits_is_fed_its_own_answers(trains, tmp_path):
     assert report(tmp_path / 'run/eval.json')['exact_accuracy'] == 1 and report(tmp_path / 'run/eval.json')['errors'] == []
     out = trains('--ask=957+86', base=['--log_dir=run'], prelude=one_digit).ok().out  # four digits, and a turn to see that nothing is left to do
     assert [int(x) for x in re.findall(r'957 \+ 86, turn (\d), step 1', out)] == [1, 2, 3, 4, 5] and '957 + 86 = 1043, right' in out
+    out = trains('--ask=9+1', base=['--log_dir=run'], prelude=RIGHT.format(ahead=1, q=-1.0)).ok().out
+    assert len(re.findall('9 [+] 1, turn', out)) == 9 and '9 + 1 = 10, right, after 9 step(s)' in out
+    assert 'reads its own carries' in trains('--data_path=trace', '--carry_loss_weight=0', '--log_dir=no').one_line(2)
     # of data of whole sums the same model is judged by its first answer
     trains('--log_dir=two', prelude=one_digit).ok()
     assert trains('--log_dir=three', prelude=whole).ok().out.count('exact 1.0000 at the halt') == 3
@@ -420,6 +498,17 @@ def test_from_a_model_of_other_puzzles(trains, launcher, tmp_path):
     assert '--L_layers=2 is not that of base/step_2: 1' in err
     run = trains('--L_layers=0', '--H_cycles=0', '--log_dir=zero', base=common).ok()
     assert '2 x (2 + 1)' in run.out
+
+
+def test_a_run_of_the_other_script_gives_weights(trains, launcher, tmp_path):
+    """Its presets and lengths mean other things there: only weights and shape are taken."""
+    base(tmp_path, launcher, '--preset=tiny', '--halt_max_steps=5', vocab_size=12, cells=12)
+    run = trains('--eval_only', '--checkpoint_path=base/step_2', base=['--data_path=data']).ok()
+    assert len(report(tmp_path / 'base/eval.json')['exact_accuracy_by_step']) == 5 and '9 -> 1 rows' in run.out
+    trains('--log_dir=run').ok()
+    ours = load(tmp_path / 'run/step_4')
+    launcher.run('pretrain_trm.py', ['--eval_only', '--checkpoint_path=run/step_4', '--data_paths=data'], cwd=tmp_path).ok()
+    assert report(tmp_path / 'run/eval.json')['val_loss'] == pytest.approx(ours['val_loss'], abs=1e-6)  # of the average
 
 
 def test_learned_positions_are_fitted(trains, launcher, tmp_path):
