@@ -70,12 +70,15 @@ class GELU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        a = 2 * math.sqrt(2 / math.pi)
-        slope = (x * x).mul_(a * 0.044715).add_(a)  # 2u = x slope
-        gate = (x * slope).sigmoid_()
-        y = x * gate
-        slope.mul_(3).sub_(2 * a).mul_(y)           # x gate d2u/dx, and in what follows dy/dx = gate + x gate (1 - gate) d2u/dx
-        ctx.save_for_backward(slope.addcmul_(slope, gate, value=-1).add_(gate))
+        y, derivative, a = torch.empty_like(x), torch.empty_like(x), 2 * math.sqrt(2 / math.pi)
+        at_once = x.numel() if torch.compiler.is_compiling() else 2 ** 16  # so that what is between stays in the cache
+        for part, y_part, slope in zip(*(t.view(-1).split(at_once) for t in (x, y, derivative)), strict=True):
+            torch.mul(part, part, out=slope).mul_(a * 0.044715).add_(a)  # 2u = x slope
+            gate = (part * slope).sigmoid_()
+            torch.mul(part, gate, out=y_part)
+            slope.mul_(3).sub_(2 * a).mul_(y_part)  # x gate d2u/dx, and in what follows dy/dx = gate + x gate (1 - gate) d2u/dx
+            slope.addcmul_(slope, gate, value=-1).add_(gate)
+        ctx.save_for_backward(derivative)
         return y
 
     @staticmethod
@@ -112,23 +115,41 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-LOGITS_AT_ONCE = 2 ** 24  # elements: 64 MB of float32. 16 times as many on a GPU: each slice reads and writes the whole gradient of the weight
+class TiedEmbedding(torch.autograd.Function):
+    """weight[idx] where the weight is the head's too. Its gradient is added to the one that HeadLoss, whose backward always comes first, left in `shared`:
+    a gradient of its own would be a second tensor as large as the weight, nearly all zeros, when the memory is fullest."""
+
+    @staticmethod
+    def forward(ctx, idx, weight, shared):
+        ctx.shared = shared
+        ctx.save_for_backward(idx)
+        return F.embedding(idx, weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream):
+        idx, = ctx.saved_tensors
+        return None, ctx.shared.pop().index_add_(0, idx.flatten(), upstream.flatten(0, -2)), None
+
+
+LOGITS_AT_ONCE = 2 ** 23  # elements: 32 MB of float32. 32 times as many on a GPU: each slice reads and writes the whole gradient of the weight
 
 
 class HeadLoss(torch.autograd.Function):
     """Sum of the cross-entropies, in nats, of softmax(x @ weight.T) against targets; a target of -1 does not count.
 
-    x (N, C), weight (V, C), targets (N,), factors (N,) of the terms or None -> scalar. The logits (N, V) never exist at once: a slice of rows at a time gives
-    its loss and, in the same pass, its share of both gradients, because d loss / d logits = softmax - onehot needs
-    nothing from upstream but a factor. At V = 50304 the logits of a micro-batch would be by far the largest tensor."""
+    x (N, C), weight (V, C), targets (N,), factors (N,) of the terms or None, shared: see TiedEmbedding -> scalar. The logits (N, V) never
+    exist at once: a slice of rows at a time gives its loss and, in the same pass, its share of both gradients, because
+    d loss / d logits = softmax - onehot needs nothing from upstream but a factor. At V = 50304 the
+    logits of a micro-batch would be by far the largest tensor."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets, need_gradients, factors=None):
+    def forward(ctx, x, weight, targets, need_gradients, factors=None, shared=None):
         total = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
         dx, dweight = (torch.empty_like(x), torch.zeros_like(weight)) if need_gradients else (None, None)
         compute = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         x, weight = x.to(compute), weight.to(compute)
-        slices = min(len(x), -(-len(x) * len(weight) // (LOGITS_AT_ONCE * (1 if x.device.type == 'cpu' else 16))))
+        slices = min(len(x), -(-len(x) * len(weight) // (LOGITS_AT_ONCE * (1 if x.device.type == 'cpu' else 32))))
         rows = -(-len(x) // slices)  # of like size: a short last one would read all weights for little
         buffer = None if torch.compiler.is_compiling() else x.new_empty(rows, len(weight))  # one for all slices: a new one each costs 5% of a step
         factors = (targets >= 0).to(total.dtype) if factors is None else torch.where(targets >= 0, factors, 0).to(total.dtype)
@@ -147,7 +168,7 @@ class HeadLoss(torch.autograd.Function):
                     dweight.addmm_(dlogits.t(), x_part)
                 else:
                     dweight += torch.mm(dlogits.t(), x_part)
-        ctx.gradients = dx, dweight
+        ctx.gradients, ctx.shared = (dx, dweight), shared
         return total
 
     @staticmethod
@@ -155,7 +176,11 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx, upstream):
         dx, dweight = ctx.gradients
         ctx.gradients = None  # scaled in place: a second backward must fail, not count twice
-        return dx.mul_(upstream), dweight.mul_(upstream), None, None, None
+        dweight.mul_(upstream)
+        if ctx.shared is not None:
+            ctx.shared.append(dweight)
+            dweight = None
+        return dx.mul_(upstream), dweight, None, None, None, None
 
 
 class GPT(nn.Module):
@@ -179,12 +204,13 @@ class GPT(nn.Module):
             elif name.endswith('bias'):
                 nn.init.zeros_(parameter)
 
-    def hidden(self, idx, cache=None):
-        """Final hidden states (B, T, C). cache: a dict that keeps keys and values between calls, {} at first."""
+    def hidden(self, idx, cache=None, shared=None):
+        """Final hidden states (B, T, C). cache: a dict that keeps keys and values between calls, {} at first. shared: see TiedEmbedding."""
         past = next(iter(cache.values()))[0].size(2) if cache else 0
         T = idx.size(1)
         assert past + T <= self.config.block_size, f'{past + T} tokens, but block_size is {self.config.block_size}'
-        x = self.transformer.wte(idx) + self.transformer.wpe.weight[past:past + T]
+        x = self.transformer.wte(idx) if shared is None else TiedEmbedding.apply(idx, self.transformer.wte.weight, shared)
+        x = x + self.transformer.wpe.weight[past:past + T]
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.transformer.h:
             x = block(x, cache)
@@ -194,12 +220,13 @@ class GPT(nn.Module):
         """Without targets the logits (B, T, V). With targets (B, T), -1 where nothing is to be predicted, the loss in nats:
         its mean or sum over the targets that count. Where few do, places (n,) are theirs in idx.flatten(): targets is (n,)
         then, and no other position meets the head. factors: one for each target's term of the sum."""
-        x = self.hidden(idx)
+        shared = None if targets is None or torch.compiler.is_compiling() else []
+        x = self.hidden(idx, shared=shared)
         weight = self.transformer.wte.weight
         if targets is None:
             return F.linear(x, weight)
         x, targets = x.reshape(-1, x.size(-1)), targets.reshape(-1)
-        loss = HeadLoss.apply(x if places is None else x[places], weight, targets, torch.is_grad_enabled(), factors)
+        loss = HeadLoss.apply(x if places is None else x[places], weight, targets, torch.is_grad_enabled(), factors, shared)
         return loss / (targets >= 0).sum() if reduction == 'mean' else loss
 
     def flops_per_token(self, T):
@@ -527,6 +554,10 @@ def make_optimizers(model, optimizer, lr, weight_decay, betas, split=False):
     fused = dict(foreach=False) if split else dict(fused=parameters[0].device.type in ('cuda', 'cpu'))
     optimizers = [torch.optim.AdamW([dict(params=[p for p in parameters if p.dim() >= 2 and p not in for_muon], weight_decay=weight_decay),
                                      dict(params=[p for p in parameters if p.dim() < 2], weight_decay=0.0)], lr=lr, betas=betas, eps=1e-8, **fused)]
+    for group in optimizers[0].param_groups:  # its state now: if the first step made it, between the activations, it would break up the memory
+        for p in group['params']:
+            step = torch.zeros((), device=p.device if fused.get('fused') else 'cpu')
+            optimizers[0].state[p] = dict(step=step, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
     if for_muon:
         optimizers.append(torch.optim.Muon([p for p in parameters if p in for_muon], lr=lr, weight_decay=weight_decay, momentum=0.95,
                                            adjust_lr_fn='match_rms_adamw'))

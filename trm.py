@@ -105,24 +105,25 @@ def rms_norm(x, eps):
 
 
 class Gated(torch.autograd.Function):
-    """silu(gate) * up of gate_up (..., 2I), gate first. Keeps nothing but gate_up, and makes both gradients in one buffer: autograd would keep silu(gate) too
-    and join two gradients."""
+    """(silu(gate) * up) @ weight.T of gate_up (..., 2I), gate first. Keeps gate_up alone, and puts both gradients in its place: autograd would keep
+    silu(gate) and the product too, as much again, and join two gradients."""
 
     @staticmethod
-    def forward(ctx, gate_up):
-        ctx.save_for_backward(gate_up)
+    def forward(ctx, gate_up, weight):
+        ctx.save_for_backward(gate_up, weight)
         gate, up = gate_up.chunk(2, -1)
-        return F.silu(gate).mul_(up)
+        return F.linear(F.silu(gate).mul_(up), weight)
 
     @staticmethod
-    def backward(ctx, gradient):
-        gate_up, = ctx.saved_tensors
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream):
+        gate_up, weight = ctx.saved_tensors
         gate, up = gate_up.chunk(2, -1)
-        both = torch.empty_like(gate_up)
-        d_gate, d_up = both.chunk(2, -1)
-        torch.ops.aten.silu_backward(gradient * up, gate, grad_input=d_gate)  # to the bit what autograd computes
-        torch.mul(gradient, F.silu(gate), out=d_up)
-        return both
+        silu, d_product = F.silu(gate), upstream @ weight
+        d_weight = upstream.flatten(0, -2).t() @ (silu * up).flatten(0, -2)
+        torch.ops.aten.silu_backward(d_product * up, gate, grad_input=gate)  # to the bit what autograd computes
+        torch.mul(d_product, silu, out=up)
+        return gate_up, d_weight
 
 
 class SwiGLU(nn.Module):
@@ -137,7 +138,7 @@ class SwiGLU(nn.Module):
         if torch.compiler.is_compiling():  # it makes better of the plain form
             gate, up = gate_up.chunk(2, -1)
             return self.down_proj(F.silu(gate) * up)
-        return self.down_proj(Gated.apply(gate_up))
+        return Gated.apply(gate_up, self.down_proj.weight.to(x.dtype))
 
 
 class Attention(nn.Module):

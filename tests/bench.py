@@ -300,8 +300,8 @@ def measure_finetuning():
             if name != 'ours':
                 (there / 'model.py').write_text(replaced((there / 'model.py').read_text(), {
                     'window[np.argsort(lengths[window], kind=\'stable\')]': 'window', 'return -(-length // 16) * 16': 'return int(length)',
-                    'loss = HeadLoss.apply(x if places is None else x[places], weight, targets, torch.is_grad_enabled(), factors)':
-                    'loss = HeadLoss.apply(x, weight, targets.new_full((len(x),), -1).scatter(0, places, targets), torch.is_grad_enabled())'}))
+                    'loss = HeadLoss.apply(x if places is None else x[places], weight, targets, torch.is_grad_enabled(), factors, shared)':
+                    'loss = HeadLoss.apply(x, weight, targets.new_full((len(x),), -1).scatter(0, places, targets), torch.is_grad_enabled(), None, shared)'}))
             start[name] = there, common, r' dt (\d+)ms \| tok/s ([\d,]+)'
         if nanogpt:
             there = folder / 'nanogpt'

@@ -455,8 +455,8 @@ torch.amp.GradScaler.unscale_ = unscale
     args = ['--optimizer=muon', '--dtype=float16', '--checkpoint_interval=1', '--keep_last_n_checkpoints=0', '--max_steps=2', '--eval_interval=-1']
     go(*args, prelude=prelude).ok()
     first, second = (load(tmp_path / f'logs/model_0000{step}.pt') for step in (1, 2))
-    assert not differences(first['model'], second['model']) and second['optimizer']['state'] == {} and second['scaler']['scale'] < first['scaler']['scale']
-    assert load(tmp_path / 'logs/model_00002.pt')['step'] == 2
+    assert not differences(first['model'], second['model']) and second['scaler']['scale'] < first['scaler']['scale']
+    assert all(state['step'] == 0 for state in second['optimizer']['state'].values()) and second['step'] == 2
     go('--auto_resume', '--max_steps=4', base=[]).ok()
 
 

@@ -96,12 +96,12 @@ def test_golden_numbers(name):
 def test_gating_is_autograds_own_to_the_bit():
     torch.manual_seed(0)
     found = []
-    x, gradient = torch.randn(50, 24), torch.randn(50, 12)
-    for f in (Gated.apply, lambda t: F.silu(t[:, :12]) * t[:, 12:]):
-        leaf = x.clone().requires_grad_()
-        y = f(leaf)
+    x, weight, gradient = torch.randn(5, 10, 24), torch.randn(7, 12), torch.randn(5, 10, 7)
+    for f in (Gated.apply, lambda t, w: F.linear(F.silu(t[..., :12]) * t[..., 12:], w)):
+        leaf, w = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        y = f(leaf * 1, w)  # what it is given is overwritten
         y.backward(gradient)
-        found.append((y.detach(), leaf.grad))
+        found.append((y.detach(), leaf.grad, w.grad))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
