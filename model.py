@@ -844,8 +844,11 @@ def read_whole(path):
 def remove(path):
     """Delete a file or a folder, whole or not at all: a half-deleted folder must not bear the name of a whole one."""
     if os.path.isdir(path) and not os.path.islink(path):
-        os.replace(path, path + '.gone')
-        shutil.rmtree(path + '.gone')
+        if not path.endswith(('.tmp', '.old', '.gone')):  # these are no whole ones by their names
+            remove(path + '.gone')  # of a deletion that was killed
+            os.replace(path, path + '.gone')
+            path += '.gone'
+        shutil.rmtree(path)
     elif os.path.lexists(path):
         os.unlink(path)
 
