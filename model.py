@@ -927,3 +927,222 @@ def write_whole(path, files):
     sync(os.path.dirname(path) or '.')
     if is_folder:
         remove(path + '.old')
+
+
+# Paths of latent thoughts and their scores: what train_latent_prm.py learns from, and how its model is judged.
+
+NUMPY_FLOATS = [(np.float64(0).__reduce__()[0], 'numpy._core.multiarray.scalar'), (np.float64(0).__reduce__()[0], 'numpy.core.multiarray.scalar'),
+                (np.dtype, 'numpy.dtype'), type(np.dtype(np.float64))]  # how other programs store a score; numpy < 2 says numpy.core
+
+
+def open_paths(folder, max_seq_length=0, own_answers=False):
+    """(paths, questions, facts) of a folder that prepare/latent_prm.py wrote. Only paths with latents and a score count.
+
+    paths: a dict of what each has: `latents` [(L, H) as stored, the last max_seq_length, 0 = all], `target` (n,), its score, or with own_answers whether
+    its own answer is right, `correct` (n,), that in any case (unknown: a score above 0.5), `answered` (n,), is that known, `answer` [str], `question` (n,), its
+    number. questions: [dict(text, ids: its tokens or None)]. facts: files {name: [paths, CRC]}, hidden_size, left_out. Everything is checked; ValueError
+    names file and place."""
+    names = sorted(name for name in os.listdir(folder) if name.endswith('.pt')) if os.path.isdir(folder) else []
+    if not names:
+        raise ValueError(f'No .pt files found in {folder}')
+    paths = {name: [] for name in ('latents', 'target', 'correct', 'answered', 'answer', 'question')}
+    questions, number_of, seen, hidden_size, left_out, files = [], {}, {}, 0, 0, {}
+    for name in names:
+        file, crc, before, place = os.path.join(folder, name), 0, len(paths['target']), ''
+        with torch.serialization.safe_globals(NUMPY_FLOATS):
+            try:
+                stored = read_whole(file)
+            except (OSError, ValueError) as error:
+                raise ValueError(f'{file} cannot be read: {error}') from error
+        try:
+            for q, question in enumerate(stored['questions']):
+                place = f'question {q}'
+                text, ids = question['question'], question.get('question_ids')
+                if not isinstance(text, str) or ids is not None and not (torch.is_tensor(ids) and ids.dtype == torch.int64 and ids.dim() == 1 and len(ids)):
+                    raise ValueError('its question is no text, or its question_ids are no int64 tokens')
+                for p, path in enumerate(question['paths']):
+                    place = f'question {q}, path {p}'
+                    latents, score, right = path.get('latent_history'), path.get('prm_score'), path.get('is_correct')
+                    if latents is None or score is None or own_answers and right is None:
+                        left_out += 1
+                        continue
+                    if not (torch.is_tensor(latents) and latents.is_floating_point() and (latents.dim() == 2 or latents.dim() == 3 and latents.size(1) == 1)):
+                        raise ValueError('its latent_history is no tensor of (steps, 1, hidden) numbers')
+                    latents = latents.flatten(0, -2)
+                    if not latents.numel():
+                        raise ValueError('its latent_history is empty')
+                    if latents.size(1) != (hidden_size or latents.size(1)):
+                        raise ValueError(f'its latents have {latents.size(1)} numbers, those before it {hidden_size}')
+                    hidden_size = latents.size(1)
+                    if not bool(latents.isfinite().all()):
+                        raise ValueError('its latents are not all finite numbers (NaN or infinity)')
+                    score, right = float(score), None if right is None else float(right)
+                    if not 0 <= score <= 1:
+                        raise ValueError(f'its prm_score is {score}, expected 0 to 1')
+                    if right not in (None, 0.0, 1.0):
+                        raise ValueError(f'its is_correct is {right}, expected true or false')
+                    content = latents.contiguous().view(torch.uint8).numpy().tobytes()
+                    key = hashlib.sha256(f'{text}\0{path.get("path_id")}\0{path.get("agent_idx")}\0'.encode() + content).digest()
+                    if seen.setdefault(key, file) != file:
+                        raise ValueError(f'{seen[key]} holds the same path: a merge beside its parts? Move one of them away')
+                    crc = zlib.crc32(f'{text}\0{score}\0{right}\0{path.get("answer")}\0{None if ids is None else ids.tolist()}'.encode() + content, crc)
+                    if text not in number_of:
+                        number_of[text] = len(questions)
+                        questions.append(dict(text=text, ids=ids))
+                    correct = float(score > 0.5) if right is None else right
+                    latents, target = latents[-max_seq_length:] if max_seq_length else latents, right if own_answers else score
+                    for key, value in dict(latents=latents, target=target, correct=correct, answered=right is not None,
+                                           answer=str(path.get('answer') or ''), question=number_of[text]).items():
+                        paths[key].append(value)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
+            problem = f'{error}' if type(error) is ValueError else f'not in the format of prepare/latent_prm.py ({type(error).__name__}: {error})'
+            raise ValueError(': '.join(filter(None, (file, place, problem)))) from error
+        files[name] = [len(paths['target']) - before, crc]
+    paths = {name: values if name in ('latents', 'answer') else np.array(values) for name, values in paths.items()}
+    if not len(paths['target']):
+        raise ValueError(f'{folder} holds no path with latents and a score' + ', and whether its answer is right' * own_answers)
+    if len(questions) < 2:
+        raise ValueError(f'{folder} holds paths of one question only: a part of the questions is held out, so at least two are needed')
+    if paths['target'].min() == paths['target'].max():
+        raise ValueError(f'all {len(paths["target"])} scores in {folder} are {paths["target"][0]:g}: nothing can be learned (take harder or easier questions)')
+    return paths, questions, dict(files=files, hidden_size=hidden_size, left_out=left_out)
+
+
+def auc(scores, right):
+    """Probability that a right one has a higher score than a wrong one, ties count half; NaN if there are not both."""
+    right = right > 0.5
+    ordered, n = np.sort(scores), int(right.sum())
+    ranks = (np.searchsorted(ordered, scores, 'left') + np.searchsorted(ordered, scores, 'right') + 1) / 2
+    return (ranks[right].sum() - n * (n + 1) / 2) / (n * (len(right) - n)) if 0 < n < len(right) else math.nan
+
+
+def vote(answers, weights, right):
+    """Accuracy of the answer with the largest sum of weights (of several with the same sum, their mean); '' is no answer."""
+    sums = {}
+    for answer, weight, correct in zip(answers, weights, right, strict=True):
+        if answer:
+            total, count, hits = sums.get(answer, (0.0, 0, 0.0))
+            sums[answer] = total + weight, count + 1, hits + correct
+    best = max((total for total, _, _ in sums.values()), default=0.0)
+    return float(np.mean([hits / count for total, count, hits in sums.values() if total >= best - 1e-9] or [0.0]))
+
+
+def judged(scores, paths, resamples=0):
+    """What scores (n,) in 0 to 1 of these paths are worth, a dict of numbers, NaN where one is not defined. Intervals are of 95%, from so many
+    resamples of the questions.
+
+    within_auc: mean of the AUCs inside each question that has right and wrong paths: what a choice among its paths lives on. best_of_n: how often
+    the path with the highest score is right (of several, their mean). weighted_vote: see vote."""
+    order = np.argsort(paths['question'], kind='stable')
+    groups = np.split(order, np.flatnonzero(np.diff(paths['question'][order])) + 1)
+    right, chooses = paths['correct'], paths['answered'] if paths['answered'].any() else np.ones(len(scores), bool)  # paths without an answer are not chosen
+    choices = [g[chooses[g]] for g in groups if chooses[g].any()]
+    each = dict(within_auc=[auc(scores[g], right[g]) for g in groups],
+                best_of_n=[right[g][scores[g] == scores[g].max()].mean() for g in choices],
+                weighted_vote=[vote([paths['answer'][i] for i in g], scores[g], right[g]) for g in choices] if any(paths['answer']) else [math.nan])
+    bins = np.minimum((scores * 10).astype(int), 9)
+    report = dict(mse=np.mean((scores - paths['target']) ** 2), mae=np.mean(np.abs(scores - paths['target'])), brier=np.mean((scores - right) ** 2),
+                  ece=sum(abs((scores - right)[bins == b].sum()) for b in range(10)) / len(scores), auc=auc(scores, right))
+    for name, values in each.items():
+        values = np.array(values)[np.isfinite(values)]
+        report[name] = values.mean() if len(values) else math.nan
+        if resamples:
+            means = np.random.default_rng(0).choice(values, (resamples, len(values))).mean(1) if len(values) else [math.nan]
+            report[name + '_interval'] = [float(edge) for edge in np.quantile(means, [0.025, 0.975])]
+    return {name: value if isinstance(value, list) else float(value) for name, value in report.items()}
+
+
+def probe(x, y, groups, others):
+    """Scores (m,) of `others` (m, d) by logistic regression with a ridge on x (n, d), soft labels y (n,): the strength of the ridge is the best of five on a
+    fifth of the groups. Newton's method."""
+    if len(x) > 20000:
+        keep = np.random.default_rng(0).permutation(len(x))[:20000]
+        x, y, groups = x[keep], y[keep], groups[keep]
+    mean, std = x.mean(0), x.std(0) + 1e-6
+    x, others = (np.concatenate(((a - mean) / std, np.ones((len(a), 1))), 1) for a in (x, others))
+
+    def fit(x, y, ridge):
+        w = np.zeros(x.shape[1])
+        penalty = np.full(len(w), ridge * len(x))
+        penalty[-1] = 1e-6  # not of the bias
+        for _ in range(20):
+            p = 1 / (1 + np.exp(-np.clip(x @ w, -30, 30)))
+            step = np.linalg.solve((x.T * (p * (1 - p) + 1e-6)) @ x + np.diag(penalty), x.T @ (y - p) - penalty * w)
+            w += step
+            if abs(step).max() < 1e-6:
+                break
+        return w
+
+    def scores(x, w):
+        return 1 / (1 + np.exp(-np.clip(x @ w, -30, 30)))
+
+    def loss(ridge):
+        p = np.clip(scores(x[test], fit(x[~test], y[~test], ridge)), 1e-6, 1 - 1e-6)
+        return -np.mean(y[test] * np.log(p) + (1 - y[test]) * np.log(1 - p))
+
+    test, ridges = groups % 5 == 0, [1e-4, 1e-3, 1e-2, 1e-1, 1.0]
+    return scores(others, fit(x, y, min(ridges, key=loss) if 0 < test.sum() < len(test) else 1e-2))
+
+
+def word_counts(texts):
+    """(n, 256): logs of the counts of the words of each text, and of its length; words share places by their CRC."""
+    counts = np.zeros((len(texts), 257))
+    for row, text in zip(counts, texts, strict=True):
+        found = re.findall(r'\w+|[^\w\s]', text.lower())
+        np.add.at(row, [zlib.crc32(word.encode()) % 256 for word in found], 1)
+        row[256] = len(found)
+    return np.log1p(counts)
+
+
+def compared(scores, held_out, learn, questions):
+    """{scorer: judged(...)} of these scores of the held-out paths and of what they must be better than, on the same paths: a constant (whose best
+    of N is a random pick, and whose vote the majority's), a linear probe on the mean latent, one on the words of the question; and of the truth.
+    learn: the paths to learn from."""
+    constant = learn['target'].mean() if len(learn['target']) else 0.5
+    found = {'PRM': scores, 'constant': np.full(len(scores), constant), 'oracle': held_out['correct']}
+    if len(learn['target']):
+        counts = word_counts([question['text'] for question in questions])
+        means, others = (np.stack([latents.double().mean(0).numpy() for latents in part['latents']]) for part in (learn, held_out))
+        found['linear probe'] = probe(means, learn['target'], learn['question'], others)
+        found['question only'] = probe(counts[learn['question']], learn['target'], learn['question'], counts[held_out['question']])
+    return {name: judged(values, held_out, 1000) for name, values in found.items()}
+
+
+def table_lines(table):
+    """Lines of the table: scorers with all measures, then what chooses without scores."""
+    def cell(measures, name, digits=4):
+        interval = measures.get(name + '_interval')
+        text = '-' if math.isnan(measures[name]) else f'{measures[name]:.{digits}f}'
+        return text if not interval or text == '-' else f'{text} [{interval[0]:.3f}, {interval[1]:.3f}]'
+    yield f'{"":15}{"MSE":>8}{"MAE":>8}{"Brier":>8}{"ECE":>8}{"AUC":>8}  {"within-question AUC":22}{"best of N":22}{"score-weighted vote":22}'.rstrip()
+    for name in ('PRM', 'linear probe', 'question only', 'constant'):
+        if name in table:
+            numbers = ''.join(f'{cell(table[name], measure):>8}' for measure in ('mse', 'mae', 'brier', 'ece', 'auc'))
+            yield f'{name:15}{numbers}  {"".join(f"{cell(table[name], measure, 3):22}" for measure in ("within_auc", "best_of_n", "weighted_vote"))}'.rstrip()
+    chosen = {'random pick': ('constant', 'best_of_n'), 'majority vote': ('constant', 'weighted_vote'), 'oracle, pass@N': ('oracle', 'best_of_n')}
+    for name, (scorer, measure) in chosen.items():
+        yield f'{name:15}{"":64}{cell(table[scorer], measure, 3)}'
+    best, weighted, majority = table['PRM']['best_of_n'], table['PRM']['weighted_vote'], table['constant']['weighted_vote']
+    if not math.isnan(majority):
+        verdict = 'loses to' if best < majority else 'beats' if best > majority else 'equals'
+        yield f"choosing the PRM's best path {verdict} a majority vote, {best:.3f} to {majority:.3f}; a vote weighted by its scores has {weighted:.3f}"
+
+
+def padded_paths(rows, ids=None, multiple=1):
+    """(latents (b, L, C), mask (b, L), tokens of their questions (b, T), their mask), the last two None without ids: tensors (l, C) and (t,) padded
+    on the right to multiples of this."""
+    sizes = [-(-max(map(len, part)) // multiple) * multiple if part else 0 for part in (rows, ids)]
+    latents, mask = torch.zeros(len(rows), sizes[0], rows[0].size(1), dtype=torch.get_default_dtype()), torch.zeros(len(rows), sizes[0])
+    tokens, asked = (torch.zeros(len(rows), sizes[1], dtype=kind) for kind in (torch.int64, torch.float32))
+    for i, row in enumerate(rows):
+        latents[i, :len(row)], mask[i, :len(row)] = row, 1
+        if ids:
+            tokens[i, :len(ids[i])], asked[i, :len(ids[i])] = ids[i], 1
+    return (latents, mask, tokens, asked) if ids else (latents, mask, None, None)
+
+
+def without_nan(value):
+    """For JSON, which has none: null."""
+    if isinstance(value, dict):
+        return {name: without_nan(element) for name, element in value.items()}
+    return [without_nan(element) for element in value] if isinstance(value, list) else None if isinstance(value, float) and not math.isfinite(value) else value

@@ -266,6 +266,46 @@ def make_puzzle_data(folder, groups=4, cells=9, vocab_size=5, tests=6, seed=0):
     return folder
 
 
+def make_qwen(folder, hidden_size=16, layers=1, vocab_size=64, seed=0):
+    """A folder with a random Qwen3 in the published format."""
+    import torch
+
+    from model import Qwen3, Qwen3Config, write_whole
+    rng_state = torch.get_rng_state()
+    torch.manual_seed(seed)
+    config = Qwen3Config(vocab_size, hidden_size, 2 * hidden_size, layers, 2, 1, 8, 512, 1e-6, 1e6, True)
+    write_whole(str(folder), Qwen3(config).files())
+    torch.set_rng_state(rng_state)
+    return folder
+
+
+def make_paths(folder, questions=20, paths=4, hidden_size=16, seed=0, files=2, signal=2.0, longest=6, ids=True):
+    """A folder of paths as prepare/latent_prm.py writes them: a path is right if its latents lean to one direction. The first number of a path's first
+    latent tells it from all others."""
+    import torch
+    folder.mkdir(parents=True, exist_ok=True)
+    generator, number = torch.Generator().manual_seed(seed), 0
+    direction = torch.randn(hidden_size, generator=generator)
+    for f in range(files):
+        stored = []
+        for q in range(f * questions // files, (f + 1) * questions // files):
+            found = []
+            for p in range(paths):
+                number += 1
+                steps = int(torch.randint(1, longest + 1, (), generator=generator))
+                right = bool(torch.rand((), generator=generator) < 0.5)
+                latents = torch.randn(steps, 1, hidden_size, generator=generator) + signal * (2 * right - 1) * direction / direction.norm()
+                latents[0, 0, 0] = number / 64  # exact in bfloat16, too, up to 256
+                found.append(dict(path_id=p, agent_name='solver', agent_idx=0, parent_path_id=None, child_path_ids=[], latent_history=latents, num_latent_steps=steps,
+                                  prm_score=float(right), is_correct=right, answer=str(q if right else -p), text='', score=0.0))
+            stored.append(dict(question_id=f'q_{q}', question=f'What is {q} plus nothing?', gold_answer=str(q), final_answer='', is_correct=False, paths=found,
+                               question_ids=torch.randint(0, 64, (3 + q % 4,), generator=generator)))
+            if not ids:
+                del stored[-1]['question_ids']
+        torch.save(dict(batch_name='x', model='x', hidden_size=hidden_size, num_questions=len(stored), questions=stored), folder / f'x_{f:05d}.pt')
+    return folder
+
+
 def serve_run(request):
     """The script, in the child; ends the process as the interpreter would, but without taking torch apart (half a second)."""
     code = 0
