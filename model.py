@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.utils.checkpoint
 
 # The published shapes, and one for a laptop. `--model=<name>` picks one; each number can still be given by itself.
 GPT_SIZES = {
@@ -297,20 +298,26 @@ CONV1D = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_
 
 
 def find_gpt(source):
-    """Path of the weights that `source` names: a file or folder as it is; 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl' or any
-    'owner/name' of the Hugging Face hub is taken from its local cache, else downloaded. OSError says what failed."""
+    """find_model, for which 'gpt2', 'gpt2-medium', 'gpt2-large' and 'gpt2-xl' are names too."""
+    repository = f'openai-community/{source}' if source in GPT_SIZES and source != 'tiny' else source
+    return find_model(source, repository, 'gpt2, gpt2-medium, gpt2-large, gpt2-xl, owner/name')
+
+
+def find_model(source, repository='', names='owner/name'):
+    """Path of the weights that `source` names: a file or folder as it is; any 'owner/name' of the Hugging Face hub is taken from its local
+    cache, else downloaded. OSError says what failed."""
     if os.path.exists(source):
         return source
-    repository = f'openai-community/{source}' if source in GPT_SIZES and source != 'tiny' else source
+    repository = repository or source
     owner, _, name = repository.partition('/')
-    if not name or '/' in name or name.endswith(('.pt', '.bin', '.safetensors', '.json')) or owner[0] in '.~' or os.path.isdir(owner):
-        raise OSError(f'{source} does not exist and is no model of the hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl, owner/name)')
+    if not name or '/' in name or name.endswith(('.pt', '.bin', '.safetensors', '.json')) or owner[:1] in '.~' or os.path.isdir(owner):
+        raise OSError(f'{source} does not exist and is no model of the hub ({names})')
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise OSError(f"{source}: to download it pip install -e '.[data]', or name a folder that holds its config.json and model.safetensors") from None
     try:
-        patterns = dict(allow_patterns=['config.json', 'model*.safetensors', 'model.safetensors.index.json'])
+        patterns = dict(allow_patterns=['config.json', 'model*.safetensors', 'model.safetensors.index.json', 'tokenizer.json'])
         try:
             folder = snapshot_download(repository, local_files_only=True, **patterns)
             if {'model.safetensors', 'model.safetensors.index.json'} & set(os.listdir(folder)):  # else only its tokenizer, say, was wanted before
@@ -927,6 +934,334 @@ def write_whole(path, files):
     sync(os.path.dirname(path) or '.')
     if is_folder:
         remove(path + '.old')
+
+
+# Qwen3 (Qwen Team 2025, arXiv 2505.09388). Module names are those of the published weights. Rows of different length are padded on the
+# right: with causal attention what stands before the padding never sees it, so there is no mask, and the result is that of the row alone.
+
+@dataclass
+class Qwen3Config:
+    """The shape, in the names of config.json; read it with from_json: no field has a default."""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int            # num_attention_heads * head_dim is not hidden_size: 2048 and 1024 at 0.6B
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    tie_word_embeddings: bool
+
+    @classmethod
+    def from_json(cls, content, where='config.json'):
+        """From what a config.json holds, the hub's or transformers 5's spelling. ValueError for what is missing or not built here."""
+        if not isinstance(content, dict):
+            raise ValueError(f'{where} holds no settings')
+        rope = content.get('rope_parameters')
+        rope = rope if isinstance(rope, dict) else {}
+        found = {**content, **({'rope_theta': rope['rope_theta']} if 'rope_theta' in rope else {})}
+        if content.get('rope_theta', found.get('rope_theta')) != found.get('rope_theta'):
+            raise ValueError(f'{where} says rope_theta {content["rope_theta"]!r} and {rope["rope_theta"]!r}')
+        layer_types = content.get('layer_types') or ['full_attention']
+        fixed = dict(model_type=('qwen3',), hidden_act=('silu',), attention_bias=(False, None), use_sliding_window=(False, None), rope_scaling=(None,),
+                     attention_dropout=(0, None))
+        for name, allowed in fixed.items():
+            if content.get(name) not in allowed:
+                raise ValueError(f'{where} says {name} {content.get(name)!r:.60}, this model has {allowed[0]!r}')
+        if rope.get('rope_type', 'default') != 'default' or not isinstance(layer_types, list) or set(map(str, layer_types)) != {'full_attention'}:
+            raise ValueError(f'{where} says rope_type {rope.get("rope_type")!r:.40} and layer_types {layer_types!r:.60}, built are default and full_attention')
+        values = {}
+        for name, kind in cls.__annotations__.items():
+            value = found.get(name)
+            whole_number = type(value) is int and 0 < value < 2 ** 31
+            good = type(value) is bool if kind is bool else whole_number if kind is int else type(value) in (int, float) and 0 < value < math.inf
+            if not good:
+                raise ValueError(f'{where}: {name} is ' + (f'{value!r:.60}' if name in found else 'missing'))
+            values[name] = kind(value)
+        heads, kv_heads, size = values['num_attention_heads'], values['num_key_value_heads'], values['head_dim']
+        if heads % kv_heads or size % 2:
+            raise ValueError(f'{where}: {heads} heads of size {size} do not go with {kv_heads} key-value heads')
+        return cls(**values)
+
+    def to_json(self):
+        """What from_json, and transformers from 4.51 on, read."""
+        return dict(architectures=['Qwen3ForCausalLM'], model_type='qwen3', **self.__dict__, hidden_act='silu', attention_bias=False, attention_dropout=0.0,
+                    use_sliding_window=False, sliding_window=None, rope_scaling=None, max_window_layers=self.num_hidden_layers, initializer_range=0.02,
+                    use_cache=True, torch_dtype='float32')
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x):
+        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)  # rounded before the weight, as the published code does
+
+
+class Qwen3Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        C, D, heads, kv_heads = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = D
+        self.q_proj, self.o_proj = nn.Linear(C, heads * D, bias=False), nn.Linear(heads * D, C, bias=False)
+        self.k_proj, self.v_proj = nn.Linear(C, kv_heads * D, bias=False), nn.Linear(C, kv_heads * D, bias=False)
+        self.q_norm, self.k_norm = RMSNorm(D, config.rms_norm_eps), RMSNorm(D, config.rms_norm_eps)
+
+    def forward(self, x, cos, sin, past=None):
+        B, T, _ = x.shape
+        q, k, v = (proj(x).view(B, T, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))  # (B, T, heads, D)
+        q, k = (self.rotated(norm(t).transpose(1, 2), cos, sin) for norm, t in ((self.q_norm, q), (self.k_norm, k)))
+        v, mask = v.transpose(1, 2), None
+        if past is not None:
+            k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)  # new tensors: whoever holds `past` keeps it as it was
+            if T > 1:
+                mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=past is None, enable_gqa=True)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1)), (k, v)
+
+    @staticmethod
+    def rotated(x, cos, sin):
+        """Rotary positions (Su et al. 2021): dimension i is paired with i + D/2."""
+        a, b = x.chunk(2, -1)
+        return x * cos + torch.cat((-b, a), -1) * sin
+
+
+class Qwen3MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        C, hidden = config.hidden_size, config.intermediate_size
+        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(C, hidden, bias=False), nn.Linear(C, hidden, bias=False), nn.Linear(hidden, C, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Qwen3Layer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Qwen3Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = Qwen3MLP(config)
+
+    def forward(self, x, cos, sin, past=None):
+        y, present = self.self_attn(self.input_layernorm(x), cos, sin, past)
+        x = x + y
+        return x + self.mlp(self.post_attention_layernorm(x)), present
+
+
+class Qwen3Stack(nn.Module):
+    """Embedding (unless left out), layers, norm: inputs (B, T) int64, or (B, T, C) of the embedding's kind -> final hidden states (B, T, C)."""
+
+    def __init__(self, config, embedding=True):
+        super().__init__()
+        self.config, self.grad_checkpoint = config, False  # True: activations are computed again in the backward pass, not kept
+        if embedding:
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Qwen3Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, inputs, cache=None):
+        """(hidden states, cache of these and all earlier positions). A cache is a list of each layer's (keys, values), (B, heads, T, D), and
+        is never written to: a branch takes it by expand, and siblings cannot see each other."""
+        x = inputs if inputs.is_floating_point() else self.embed_tokens(inputs)
+        past = cache[0][0].size(2) if cache else 0
+        T, D = x.size(1), self.config.head_dim
+        assert past + T <= self.config.max_position_embeddings, f'{past + T} positions, the model has {self.config.max_position_embeddings}'
+        frequencies = 1.0 / self.config.rope_theta ** (torch.arange(0, D, 2, dtype=torch.float32, device=x.device) / D)
+        angles = torch.arange(past, past + T, dtype=torch.float32, device=x.device).unsqueeze(1) * frequencies
+        angles = torch.cat((angles, angles), 1)  # (T, D)
+        cos, sin, presents = angles.cos().to(x.dtype), angles.sin().to(x.dtype), []
+        for i, layer in enumerate(self.layers):
+            if self.grad_checkpoint and torch.is_grad_enabled():
+                x, present = torch.utils.checkpoint.checkpoint(layer, x, cos, sin, cache[i] if cache else None, use_reentrant=False)
+            else:
+                x, present = layer(x, cos, sin, cache[i] if cache else None)
+            presents.append(present)
+        return self.norm(x), presents
+
+
+class Qwen3(nn.Module):
+    """forward(inputs, cache=None) -> (logits (B, T, V), hidden states (B, T, C), cache); inputs and cache as Qwen3Stack has them."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.model = config, Qwen3Stack(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        for p in self.parameters():
+            if p.dim() == 2:
+                nn.init.normal_(p, std=0.02)
+
+    @property
+    def head(self):
+        """The output embedding (V, C)."""
+        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def forward(self, inputs, cache=None):
+        hidden, cache = self.model(inputs, cache)
+        return F.linear(hidden, self.head), hidden, cache
+
+    @classmethod
+    def from_pretrained(cls, source):
+        """The model, in float32, of a folder with config.json and model.safetensors, in one file or in several, or of a name of the hub (see
+        find_model). OSError if it is not there, ValueError if it is not Qwen3 or not whole."""
+        config, weights = read_qwen(source)
+        with torch.device('meta'):
+            model = cls(config)
+        model.load_state_dict(weights, assign=True)
+        return model
+
+    def files(self):
+        """{name: content} of a folder that from_pretrained and transformers load (see write_whole), but for the tokenizer."""
+        from safetensors.torch import save
+        weights = {name: p.detach().cpu().contiguous() for name, p in self.state_dict().items()}
+        return {'config.json': self.config.to_json(), 'model.safetensors': save(weights, metadata={'format': 'pt'})}
+
+    @torch.no_grad()
+    def realignment(self):
+        """(W_a (C, C) or None, norm) of LatentMAS (Zou et al. 2025, arXiv 2511.20639): the next input is h W_a, made as long as input embeddings are on
+        average. W_a = (W_out' W_out + 1e-5)^-1 W_out' W_in is the identity, None, where both embeddings are one, as in Qwen3 up to 4B."""
+        embedding, head = self.model.embed_tokens.weight.float(), self.head.float()
+        matrix = None
+        if not self.config.tie_word_embeddings:
+            matrix = torch.linalg.solve(head.t() @ head + 1e-5 * torch.eye(head.size(1), device=head.device), head.t() @ embedding)
+        return matrix, embedding.norm(dim=1).mean()
+
+
+def read_qwen(source):
+    """(Qwen3Config, state dict of Qwen3 in float32) of `source`, see Qwen3.from_pretrained. Every name and shape is checked."""
+    folder = find_model(source)
+    try:
+        if not os.path.isdir(folder):
+            raise ValueError('expected a folder with config.json and model.safetensors')
+        config = Qwen3Config.from_json(read_whole(os.path.join(folder, 'config.json')))
+        weights = read_safetensors(folder)
+        head = weights.get('lm_head.weight')
+        if config.tie_word_embeddings and head is not None:  # the published files of tied models hold it all the same
+            if not torch.equal(head, weights.get('model.embed_tokens.weight', head[:0])):
+                raise ValueError('tie_word_embeddings is true, but its lm_head.weight differs from model.embed_tokens.weight')
+            del weights['lm_head.weight']
+        with torch.device('meta'):
+            expected = {name: p.shape for name, p in Qwen3(config).state_dict().items()}
+        for name in sorted(expected.keys() | weights.keys()):
+            if name not in weights or name not in expected or weights[name].shape != expected[name] or not weights[name].is_floating_point():
+                raise ValueError(f'{name} is ' + (f'{weights[name].dtype} {tuple(weights[name].shape)}' if name in weights else 'missing') +
+                                 (f', expected {tuple(expected[name])}' if name in expected else ', no weight of this model'))
+        return config, {name: tensor.float() for name, tensor in weights.items()}
+    except FileNotFoundError as error:
+        raise ValueError(f'{folder} lacks {os.path.basename(error.filename or str(error))}') from error
+    except (ValueError, RuntimeError, TypeError, OSError) as error:  # what hostile files provoke
+        raise ValueError(f'{folder}: {" ".join(str(error).split())[:300]}') from error
+
+
+POOLINGS = ('mean', 'last', 'max')
+
+
+class QwenLatentPRM(nn.Module):
+    """A process reward model: Qwen3's layers read a path of latent thoughts, a linear head scores it.
+
+    forward(latents (B, L, C), mask (B, L), question_ids=None (B, T), question_mask=None) -> logits (B,); a mask is nonzero, of any type, where
+    something stands, wherever that is. With question_context the embedded question, which the latents followed, stands in front of them. Its
+    embedding table is that of the published model and stays as it is: the latents are points in its space. Without, there is no table."""
+
+    def __init__(self, model_path, pooling_strategy='mean', dropout_prob=0.1, question_context=False):
+        super().__init__()
+        if pooling_strategy not in POOLINGS:
+            raise ValueError(f'pooling_strategy {pooling_strategy!r}: expected one of {", ".join(POOLINGS)}')
+        self.config, weights = read_qwen(model_path)
+        self.hidden_size, self.pooling_strategy, self.question_context = self.config.hidden_size, pooling_strategy, bool(question_context)
+        with torch.device('meta'):
+            self.model = Qwen3Stack(self.config, embedding=self.question_context)
+        kept = self.model.state_dict().keys()
+        self.model.load_state_dict({name: tensor for name, tensor in ((n.removeprefix('model.'), t) for n, t in weights.items()) if name in kept}, assign=True)
+        if self.question_context:
+            self.model.embed_tokens.weight.requires_grad_(False)
+        self.dropout, self.score = nn.Dropout(dropout_prob), nn.Linear(self.hidden_size, 1)
+        nn.init.normal_(self.score.weight, std=0.02)
+        nn.init.zeros_(self.score.bias)
+        self.register_buffer('pooling', torch.tensor(POOLINGS.index(pooling_strategy)))  # in the state dict: weights must not be used in another way
+        self.register_buffer('context', torch.tensor(int(self.question_context)))
+
+    def load_state_dict(self, state_dict, strict=True, assign=False):
+        """As nn.Module's; ValueError if the weights were trained with another pooling, with or without the question, or of another model."""
+        for name, described in (('pooling', POOLINGS), ('context', ('latents alone', 'question and latents'))):
+            stored, own = state_dict.get(name), int(getattr(self, name))
+            if not torch.is_tensor(stored) or stored.numel() != 1 or not 0 <= int(stored) < len(described):
+                raise ValueError(f'these weights do not tell their {name}: they are not those of a QwenLatentPRM')
+            if int(stored) != own:
+                words = 'pooling_strategy' if name == 'pooling' else 'question_context'
+                value = repr(POOLINGS[int(stored)]) if name == 'pooling' else bool(stored)
+                raise ValueError(f'these weights were trained on {described[int(stored)]}, this model is made for {described[own]}: '
+                                 f'QwenLatentPRM(..., {words}={value})')
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def hidden(self, latents, mask, question_ids=None, question_mask=None):
+        """(final hidden states at the latents (B, L, C), of each row in order and without gaps; which of them count (B, L); the places (B, L) in
+        latents that they come from)."""
+        device, dtype = self.score.weight.device, self.score.weight.dtype
+        latents, there = torch.as_tensor(latents).to(device, dtype), torch.as_tensor(mask).to(device) != 0
+        if latents.dim() != 3 or there.shape != latents.shape[:2]:
+            raise ValueError(f'expected latents (B, L, {self.hidden_size}) and a mask (B, L), got {tuple(latents.shape)} and {tuple(there.shape)}')
+        if latents.size(2) != self.hidden_size:
+            raise ValueError(f'the latents are {latents.size(2)} wide, the hidden size of this model is {self.hidden_size}: they are those of another model '
+                             '(Qwen3-0.6B has 1024, Qwen2.5-0.5B 896)')
+        if not there.any(1).all():
+            raise ValueError(f'row {int((~there.any(1)).nonzero()[0])} has no latents, its mask is all zero')
+        if self.question_context != (question_ids is not None):
+            raise ValueError('this model was made for ' + ('a question in front of the latents: give question_ids' if self.question_context else
+                                                          'latents alone: leave out question_ids, or make it with question_context=True'))
+        L, counts = latents.size(1), there.sum(1, keepdim=True)
+        order = (~there).long().sort(dim=1, stable=True).indices  # what is there first, padding behind it
+        x = latents.gather(1, order.unsqueeze(2).expand_as(latents))
+        valid = torch.arange(L, device=device) < counts
+        if question_ids is None:
+            return self.model(x)[0], valid, order
+        ids = torch.as_tensor(question_ids).to(device)
+        asked = torch.ones_like(ids, dtype=torch.bool) if question_mask is None else torch.as_tensor(question_mask).to(device) != 0
+        T, length = ids.size(1), asked.sum(1, keepdim=True)  # (B, 1)
+        ids = ids.gather(1, (~asked).long().sort(dim=1, stable=True).indices)
+        place = torch.arange(T + L, device=device).expand(len(ids), -1)  # of the whole row: question, latents, padding
+        behind = (place - length).clamp(0, L - 1).unsqueeze(2).expand(-1, -1, self.hidden_size)
+        words = self.model.embed_tokens(F.pad(ids, (0, L))).to(dtype)
+        whole_row = torch.where((place < length).unsqueeze(2), words, x.gather(1, behind))
+        hidden = self.model(whole_row)[0]
+        latent_places = (length + torch.arange(L, device=device)).unsqueeze(2).expand(-1, -1, self.hidden_size)
+        return hidden.gather(1, latent_places), valid, order
+
+    def forward(self, latents, mask, question_ids=None, question_mask=None):
+        hidden, valid, _ = self.hidden(latents, mask, question_ids, question_mask)
+        hidden, valid, counts = hidden.float(), valid.unsqueeze(2), valid.sum(1)
+        if self.pooling_strategy == 'mean':
+            pooled = (hidden * valid).sum(1) / counts.unsqueeze(1)
+        elif self.pooling_strategy == 'max':
+            pooled = hidden.masked_fill(~valid, -math.inf).amax(1)
+        else:
+            pooled = hidden[torch.arange(len(hidden), device=hidden.device), counts - 1]
+        return self.score(self.dropout(pooled.to(self.score.weight.dtype))).squeeze(1).float()
+
+    @torch.no_grad()
+    def predict_scores(self, latents, mask, question_ids=None, question_mask=None):
+        """(B,) in [0, 1]: how likely the path leads to a right answer. Dropout is off, whatever the mode."""
+        mode = self.training
+        scores = self.eval()(latents, mask, question_ids, question_mask).sigmoid()
+        self.train(mode)
+        return scores
+
+    @torch.no_grad()
+    def step_scores(self, latents, mask, question_ids=None, question_mask=None):
+        """(B, L): the score after every latent, that of the path up to there; 0 where the mask is zero."""
+        hidden, valid, order = self.hidden(latents, mask, question_ids, question_mask)
+        hidden = hidden.float()
+        if self.pooling_strategy == 'mean':
+            hidden = hidden.cumsum(1) / torch.arange(1, hidden.size(1) + 1, device=hidden.device).unsqueeze(1)
+        elif self.pooling_strategy == 'max':
+            hidden = hidden.cummax(1).values
+        scores = self.score(hidden.to(self.score.weight.dtype)).squeeze(2).float().sigmoid() * valid
+        return torch.zeros_like(scores).scatter(1, order, scores)
 
 
 # Paths of latent thoughts and their scores: what train_latent_prm.py learns from, and how its model is judged.
