@@ -925,7 +925,7 @@ def write_whole(path, files):
             sync(os.path.join(temporary, name) if name else temporary)
         if is_folder:
             sync(temporary)
-        if is_folder and os.path.isdir(path):
+        if is_folder and os.path.lexists(path):
             remove(path + '.old')
             os.replace(path, path + '.old')  # a folder cannot be replaced in one step: for a moment only .old is there
         os.replace(temporary, path)
@@ -1474,6 +1474,15 @@ def padded_paths(rows, ids=None, multiple=1):
         if ids:
             tokens[i, :len(ids[i])], asked[i, :len(ids[i])] = ids[i], 1
     return (latents, mask, tokens, asked) if ids else (latents, mask, None, None)
+
+
+def sha256(path):
+    """Of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while block := file.read(2 ** 22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def without_nan(value):

@@ -4,7 +4,7 @@ What to expect: README.md has the measured table (model, paths, hardware, within
 
 Laptop CPU, no download (a tiny Qwen3 that adds numbers, five minutes):
     python prepare/tiny_qwen.py
-    python prepare/latent_prm.py --preset=tiny
+    python prepare/latent_prm.py --task=arithmetic --model_path=data/tiny_qwen --max_samples=1000 --max_new_tokens=16
     python train_latent_prm.py --preset=tiny
 One GPU (16 GB for short latents, see README.md):
     python prepare/latent_prm.py
@@ -21,7 +21,6 @@ Judge a checkpoint, or let it choose among several paths of a question:
     python train_latent_prm.py --ask="What is 17 plus 25?"
 """
 import glob
-import hashlib
 import math
 import os
 import re
@@ -30,6 +29,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import lru_cache
@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 from configurator import configure, fail, master, nearby, print0
 from model import PEAK_FLOPS, Qwen3Config, QwenLatentPRM, bucketed, compared, find_model, judged, open_paths, padded_paths, table_lines, without_nan
-from model import generator_states, on_cpu, read_whole, remove, seed_generators, set_generator_states, total_norm, write_whole
+from model import generator_states, on_cpu, read_whole, remove, seed_generators, set_generator_states, sha256, total_norm, write_whole
 from model import load_optimizer_state, make_optimizers, optimizer_state
 
 # ---- settings ------------------------------------------------------------------------------------------------------
@@ -138,13 +138,6 @@ run_dir_typed, log_name = 'output_dir' in typed_now, 'training.log'
 def checkpoint_path_of(step):
     return os.path.join(run_dir, 'best' if step == 'best' else f'checkpoint-{step}')
 
-def sha256(path):
-    digest = hashlib.sha256()
-    with open(path, 'rb') as file:
-        while block := file.read(2 ** 22):
-            digest.update(block)
-    return digest.hexdigest()
-
 def checkpoint_of(path):  # one dict, whatever the files; ValueError if it is damaged
     if not os.path.isdir(path):
         return read_whole(path)
@@ -157,6 +150,8 @@ def checkpoint_of(path):  # one dict, whatever the files; ValueError if it is da
         if not os.path.exists(os.path.join(path, name)) or sha256(os.path.join(path, name)) != state['sha256'][name]:
             raise ValueError(f'its {name} is missing or not the one that training_state.json names by its SHA-256')
     model, optimizer, scheduler, shape = (read_whole(os.path.join(path, name)) for name in FILES)
+    if not isinstance(scheduler, dict) or not isinstance(optimizer, dict):
+        raise ValueError('its scheduler.pt or optimizer.pt holds something else')
     state = {name: math.inf if value is None else value for name, value in state.items()}  # JSON has no infinity
     return dict(state, model=model, optimizer=optimizer, shape=shape, **{name: scheduler[name] for name in ('ranks', 'scaler', 'train_loader_state')})
 
@@ -232,7 +227,7 @@ elif checkpoint:
 # ---- derived -------------------------------------------------------------------------------------------------------
 config.assign('output_dir', run_dir)
 config.fill({
-    'tiny': dict(model_path='tiny_qwen', num_epochs=3, batch_size=64, gradient_accumulation_steps=1, learning_rate=1e-3, dropout_prob=0.0,
+    'tiny': dict(model_path='data/tiny_qwen', num_epochs=3, batch_size=64, gradient_accumulation_steps=1, learning_rate=1e-3, dropout_prob=0.0,
                  question_context=True, val_steps=-1),
     'qwen': {},
 }[preset])
@@ -352,6 +347,7 @@ if read_only:
     max_steps = max(max_steps, checkpoint.get('step', 0))
 epochs, warmup = -(-max_steps // steps_per_epoch), math.ceil(warmup_ratio * max_steps)
 accumulation = -(-gradient_accumulation_steps // world_size)  # micro-steps per step
+cut = gradient_accumulation_steps % world_size > 0 and objective != 'rank'
 
 @lru_cache(maxsize=2)
 def micro_batches(epoch):
@@ -374,6 +370,10 @@ def parts_of(step):
     epoch, position = divmod(step, steps_per_epoch)
     return micro_batches(epoch)[position * gradient_accumulation_steps:(position + 1) * gradient_accumulation_steps]
 
+def micro_steps_of(step):
+    """How many micro-steps it takes: an epoch's last step may need fewer than `accumulation`."""
+    return accumulation if cut else -(-len(parts_of(step)) // world_size)
+
 def ordered_pairs(chosen):
     """(m, 2): places in `chosen` of two paths of one question, the first with the higher score."""
     target, question = paths['target'][chosen], paths['question'][chosen]
@@ -388,7 +388,7 @@ def batch(step, micro_step):
     """(inputs of the model, targets (b,), their weights (b,), pairs (m, 2), paths and pairs of the whole step): what this rank sees in this micro-step."""
     parts, part = parts_of(step), micro_step * world_size + rank
     count, pairs_count = sum(map(len, parts)), sum(len(ordered_pairs(chosen)) for chosen in parts) if objective == 'rank' else 0
-    if gradient_accumulation_steps % world_size and objective != 'rank':  # cut the paths of the step into as many parts as there are ranks and micro-steps
+    if cut:  # the paths of the step into as many parts as there are ranks and micro-steps
         rows, n = np.concatenate(parts), accumulation * world_size
         parts = [rows[len(rows) * i // n:len(rows) * (i + 1) // n] for i in range(n)]
     chosen = parts[part] if part < len(parts) else []
@@ -409,8 +409,9 @@ def next_batch(step, micro_step):
     """batch(step, micro_step) on the device, while a thread prepares the next num_workers ones."""
     now = step * accumulation + micro_step
     for i in range(now, now + num_workers + 1):
-        if i not in prefetched and i < max_steps * accumulation:
-            prefetched[i] = prefetcher.submit(batch, *divmod(i, accumulation))
+        there = divmod(i, accumulation)
+        if i not in prefetched and there[0] < max_steps and there[1] < micro_steps_of(there[0]):
+            prefetched[i] = prefetcher.submit(batch, *there)
     tensors, *counts = prefetched.pop(now).result()
     return *on_device(tensors), *counts
 
@@ -454,14 +455,16 @@ def load_training(checkpoint):
     if checkpoint['scaler'] and scaler.is_enabled():
         scaler.load_state_dict(checkpoint['scaler'])
     there, here = checkpoint['train_loader_state'], loader_state(checkpoint['step'])
-    for name in here:
+    for name in ('seed', 'max_seq_length', 'use_prm_score', 'files'):
         if there[name] != here[name]:
             raise ValueError(f'the data in {data_dir} changed since, its {name} was {str(there[name])[:200]}: '
                              'resume with that data, or begin a new run in another folder')
-    if master and checkpoint_path and os.path.isdir(run_dir) and os.path.samefile(os.path.dirname(os.path.normpath(checkpoint_file)) or '.', run_dir):
-        for path in [path for path, step in folders(r'epoch_\d+|final').items() if step > checkpoint['step']]:  # of another future, as in the next section
+    in_place = checkpoint_path and os.path.isdir(run_dir) and os.path.samefile(os.path.dirname(os.path.normpath(checkpoint_file)) or '.', run_dir)
+    for path, step in folders(r'epoch_\d+|final').items() if master and in_place and checkpoint['step'] <= max_steps else ():
+        if step > checkpoint['step']:  # of another future, as what the next section sets aside
             remove(path + '.old')
             os.replace(path, path + '.old')
+            print0(f'set aside too: {path}')
 
 # ---- checkpoint (=) ------------------------------------------------------------------------------------------------
 # step: completed optimizer steps. progress: plain numbers that a resume continues. snapshot: what a checkpoint of this step
@@ -680,6 +683,41 @@ def write_beside(path, content):
     agree(problem, 1)
     print0(f'wrote {path}')
 
+if ask:
+    if ddp:
+        fail('--ask is for one process, without torchrun')
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+    from prepare import latent_prm as collect
+    collected = sorted(glob.glob(os.path.join(glob.escape(data_dir), '*_metadata.json')))
+    if not collected:
+        print0(f'WARNING: {data_dir} holds no *_metadata.json: the paths are thought with the default settings of prepare/latent_prm.py')
+    known = read_whole(collected[0]) if collected else {}
+    for name in ('task', 'latent_steps', 'agents', 'num_parent_paths', 'diversity_strategy', 'noise_scale', 'latent_space_realign', 'temperature', 'top_p',
+                 'max_new_tokens', 'thinking', 'instruction'):  # as those paths that the scores were learned from
+        setattr(collect, name, known.get(name, getattr(collect, name)))
+    collect.num_paths, collect.num_rollouts, collect.model_path, collect.device, collect.seed = num_paths, 1, model_folder, device, seed
+    thinker, tokenizer = collect.open_model()
+    matrix, norm = thinker.realignment()
+    prompts = collect.turns(ask, tokenizer)
+    longest, room = sum(map(len, prompts)) + collect.latent_steps * len(prompts) + collect.max_new_tokens, thinker.config.max_position_embeddings
+    if longest > room:
+        fail(f'--ask: the question, its thoughts and the answer can be {longest} tokens long, the model has {room} positions')
+    realignment = matrix if collect.latent_space_realign else None, norm
+    thoughts = collect.explore(thinker, tokenizer, [zlib.crc32(ask.encode())], [prompts], realignment, num_paths)[0][-1]
+    inputs = padded_paths([path['latents'].flatten(0, 1) for path in thoughts], [torch.tensor(prompts[0])] * num_paths if question_context else None)
+    scores, by_step = raw_model.predict_scores(*inputs).tolist(), raw_model.step_scores(*inputs).tolist()
+    said = [path['answers'][0][:2] for path in thoughts]  # text, answer
+    order = sorted(range(num_paths), key=lambda i: -scores[i])
+    for i in order:
+        steps = ' '.join(f'{score:.3f}' for score in by_step[i])
+        print0(f'path {i:3} | score {scores[i]:.3f} | after each thought {steps} | answer {said[i][1] or "none"}')
+    answers = sorted({answer for _, answer in said if answer})
+    for how, weights in (('majority vote', [1] * num_paths), ('vote weighted by the scores', scores)):
+        print0(f'{how}: {max(answers, key=lambda a, weights=weights: sum(w for w, (_, b) in zip(weights, said, strict=True) if a == b), default="none")}')
+    print0(f'chosen: path {order[0]}, score {scores[order[0]]:.3f}, answer {said[order[0]][1] or "none"}\n{said[order[0]][0].strip()}')
+    leave(0)
+
 if eval_only:
     if not len(val_rows):
         fail('--eval_only: no questions are held out, --val_size is 0 (1 = all)')
@@ -697,10 +735,10 @@ describe = ['git', '-C', os.path.dirname(os.path.abspath(__file__)), 'describe',
 commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip() if shutil.which('git') else ''
 log('settings given: ' + ' '.join(f'{name}={value!r}' for name, value in config.typed().items()), prefix='# ', show=False)
 padded_length = sum(len(rows) * full_lengths[rows].max() for rows in micro_batches(0))
-target, weights = paths['target'][train_rows], sum(p.numel() for p in raw_model.parameters())
-trained = sum(p.numel() for p in parameters)
+target = paths['target'][train_rows]
+total, trained = (sum(p.numel() for p in part) for part in (raw_model.parameters(), parameters))
 for line in (
-    f'{weights:,} parameters, {trained:,} of them trained: {raw_model.config.num_hidden_layers} layers, width {hidden_size}, pooling {pooling_strategy}, '
+    f'{total:,} parameters, {trained:,} of them trained: {raw_model.config.num_hidden_layers} layers, width {hidden_size}, pooling {pooling_strategy}, '
     + ('question and latents' if question_context else 'latents alone'),
     f'{len(train_rows):,} paths to learn from, {len(val_rows):,} held out, of {len(questions):,} questions; {facts["left_out"]:,} without latents or a score; '
     f'scores {target.min():.2f} to {target.max():.2f}, {target.mean():.3f} on average',
@@ -770,10 +808,11 @@ for step in range(start_step, max_steps + 1):
         for group in o.param_groups:
             group['lr'] = lr
     loss_sum = torch.zeros((), device=device)
-    for micro_step in range(accumulation):
+    micro_steps = micro_steps_of(step)
+    for micro_step in range(micro_steps):
         poll()
         latents, mask, tokens, asked, targets, weights, pairs, count, pairs_count = next_batch(step, micro_step)
-        net.require_backward_grad_sync = micro_step == accumulation - 1  # before the forward: DDP reads it there
+        net.require_backward_grad_sync = micro_step == micro_steps - 1  # before the forward: DDP reads it there
         with autocast:
             logits = net(latents, mask, tokens, asked)
         each = (logits.sigmoid() - targets) ** 2 if objective == 'mse' else F.binary_cross_entropy_with_logits(logits, targets, reduction='none')
@@ -782,9 +821,9 @@ for step in range(start_step, max_steps + 1):
             loss = loss + F.softplus(logits[pairs[:, 1]] - logits[pairs[:, 0]]).sum() / pairs_count
         scaler.scale(loss * world_size).backward()  # DDP divides by world_size
         loss_sum += loss.detach()
-        timed_paths, timed_latents = timed_paths + int(weights.numel()), timed_latents + latents.size(0) * latents.size(1)
+        timed_paths, timed_latents = timed_paths + len(latents), timed_latents + latents.size(0) * latents.size(1)
         if log_level == 'DEBUG':
-            print0(f'step {step + 1} micro-step {micro_step + 1}/{accumulation} | loss {loss.item() * count / len(latents):.6f} | '
+            print0(f'step {step + 1} micro-step {micro_step + 1}/{micro_steps} | loss {loss.item() * count / len(latents):.6f} | '
                    f'{len(latents)} x {latents.size(1)} latents | {1000 * (time.perf_counter() - started):.0f}ms')
     for o in optimizers:
         scaler.unscale_(o)

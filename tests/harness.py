@@ -12,12 +12,14 @@ script: a place to break things (a function that returns NaN, an os.replace that
 """
 import atexit
 import gc
+import hashlib
 import itertools
 import json
 import os
 import random
 import re
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -38,7 +40,8 @@ KILL_AT = """
 import atexit, builtins, os, signal
 operations = []
 def tick(kind, path):
-    operations.append(kind + ':' + os.path.basename(path))
+    folder, name = os.path.split(path)
+    operations.append(kind + ':' + (os.path.basename(folder) + '/' + name if folder.endswith('.tmp') else name))
     if len(operations) == {n}:
         os.kill(os.getpid(), signal.SIGKILL)
 def before(kind, function):
@@ -180,9 +183,48 @@ def losses(run):
     return [float(x) for x in re.findall(r'\| loss ([\d.]+)', run.out)]
 
 
+# What train_latent_prm.py's checkpoints, which are folders, have in each file; the rest is in training_state.json, with the SHA-256 of these.
+PARTS = {'pytorch_model.bin': 'model', 'optimizer.pt': 'optimizer', 'scheduler.pt': ('lr', 'scaler', 'train_loader_state', 'ranks'), 'config.json': 'shape'}
+
+
 def load(path):
+    """All that a checkpoint holds, a file or a folder, as one dict."""
     import torch
-    return torch.load(path, weights_only=True, map_location='cpu')
+    if not os.path.isdir(path):
+        return json.loads(Path(path).read_text()) if str(path).endswith('.json') else torch.load(path, weights_only=True, map_location='cpu')
+    content = load(Path(path, 'training_state.json'))
+    sums = content.pop('sha256')
+    for name, keys in PARTS.items():
+        assert hashlib.sha256(Path(path, name).read_bytes()).hexdigest() == sums[name], f'{path}: {name}'
+        found = load(Path(path, name))
+        content.update({key: found[key] for key in keys} if isinstance(keys, tuple) else {keys: found})
+    assert load(Path(path, 'scheduler.pt'))['step'] == content['step'] and len(os.listdir(path)) == len(PARTS) + 1
+    return content
+
+
+def store(content, path):
+    """Write what load returned, as that kind of checkpoint."""
+    import torch
+    if 'shape' not in content:
+        return torch.save(content, path)
+    drop(path)
+    os.mkdir(path)
+    content, sums = dict(content), {}
+    for name, keys in PARTS.items():
+        part = {key: content.pop(key) for key in keys} if isinstance(keys, tuple) else content.pop(keys)
+        part = dict(part, step=content['step']) if isinstance(keys, tuple) else part
+        Path(path, name).write_text(json.dumps(part)) if name.endswith('.json') else torch.save(part, Path(path, name))
+        sums[name] = hashlib.sha256(Path(path, name).read_bytes()).hexdigest()
+    Path(path, 'training_state.json').write_text(json.dumps(dict(content, sha256=sums)))
+
+
+def drop(path):
+    """Delete a checkpoint, file or folder, if it is there."""
+    shutil.rmtree(path) if os.path.isdir(path) else Path(path).unlink(missing_ok=True)
+
+
+def copy(source, target):
+    shutil.copytree(source, target) if os.path.isdir(source) else shutil.copy(source, target)
 
 
 def differences(a, b, ignore=(), where=''):
