@@ -3,6 +3,7 @@
 Parameter names are those of the published checkpoints; weights of linear layers are (out, in), the transpose of the
 published Conv1D ones. The head is the token embedding (tied), so it has no entry of its own in the state dict.
 """
+import base64
 import hashlib
 import json
 import math
@@ -10,9 +11,12 @@ import os
 import random
 import re
 import shutil
+import unicodedata
 import zipfile
 import zlib
 from dataclasses import dataclass
+from decimal import Decimal, localcontext
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -1131,6 +1135,63 @@ class Qwen3(nn.Module):
             matrix = torch.linalg.solve(head.t() @ head + 1e-5 * torch.eye(head.size(1), device=head.device), head.t() @ embedding)
         return matrix, embedding.norm(dim=1).mean()
 
+    @torch.no_grad()
+    def think(self, hidden, cache, steps, generators, noise, realignment=None):
+        """LatentMAS's latent thoughts: the last hidden state, noise added, realigned, is the next input, `steps` times; nothing is decoded.
+
+        hidden (B, C) at the last position, its cache, a torch.Generator (on the CPU) for each row, so that a row does not depend on the others;
+        noise(step) -> [(sigma, spread)]: normal noise of sigma x u times the row's own standard deviation, u uniform in `spread`;
+        realignment: what self.realignment() returned. Returns (inputs (B, steps, C), hidden (B, C) behind the last of them, cache)."""
+        matrix, norm = realignment or self.realignment()
+        latents = []
+        for step in range(steps):
+            h = hidden.float()
+            for sigma, (low, high) in noise(step):
+                drawn = torch.stack([torch.randn(h.size(1), generator=g) * (low + (high - low) * torch.rand((), generator=g)) for g in generators])
+                h = h + sigma * h.std(1, keepdim=True) * drawn.to(h.device)
+            h = h if matrix is None else h @ matrix
+            latents.append((norm * h / h.norm(dim=1, keepdim=True).clamp(min=1e-6)).to(hidden.dtype))
+            hidden, cache = self.model(latents[-1].unsqueeze(1), cache)
+            hidden = hidden[:, -1]
+        return torch.stack(latents, 1), hidden, cache
+
+    @torch.no_grad()
+    def speak(self, hidden, cache, draws, temperature, top_p, n_vocab, ends, stop=lambda: False):
+        """[(ids, ended?, mean log-probability of the ids, at temperature 1)] of the text that follows each row: hidden (B, C) and cache as think returns
+        them; draws (B, n) uniform in [0, 1): one for each of at most n tokens, so that a row does not depend on the others.
+
+        A token is where its draw falls in the sorted probabilities; temperature 0 = the likeliest. Ids >= n_vocab are never drawn; one of `ends`
+        ends the row and is left out. Rows that ended leave the batch when half of it is such."""
+        rows, texts, sums, ended = torch.arange(len(hidden)), [[] for _ in hidden], [0.0] * len(hidden), [False] * len(hidden)
+        for place in range(draws.size(1)):
+            if stop():
+                break
+            logits = F.linear(hidden, self.head)[:, :n_vocab].float()
+            probabilities = (logits if temperature == 0 else (logits - logits.amax(1, keepdim=True)) / temperature).softmax(1)
+            if temperature == 0:
+                chosen = probabilities.argmax(1, keepdim=True)
+            else:
+                values, order = probabilities.sort(1, descending=True)
+                sums_before = values.cumsum(1) - values
+                values = values.masked_fill((sums_before >= top_p) & (sums_before > 0), 0)  # the likeliest id always stays
+                edges = values.cumsum(1)
+                target = draws[rows, place].to(edges.device).unsqueeze(1) * edges[:, -1:]
+                chosen = order.gather(1, torch.searchsorted(edges, target, right=True).clamp(max=edges.size(1) - 1))
+            log_p = (logits.gather(1, chosen) - logits.logsumexp(1, keepdim=True)).squeeze(1).tolist()
+            for row, token, p in zip(rows.tolist(), chosen.squeeze(1).tolist(), log_p, strict=True):
+                if not ended[row]:
+                    ended[row], sums[row] = token in ends, sums[row] + p
+                    texts[row] += [] if ended[row] else [token]
+            alive = [i for i, row in enumerate(rows.tolist()) if not ended[row]]
+            if not alive:
+                break
+            if 2 * len(alive) <= len(rows):
+                index = torch.tensor(alive, device=hidden.device)
+                rows, chosen, cache = rows[alive], chosen[index], [(k[index], v[index]) for k, v in cache]
+            hidden, cache = self.model(chosen, cache)
+            hidden = hidden[:, -1]
+        return [(ids, end, total / max(1, len(ids) + end)) for ids, end, total in zip(texts, ended, sums, strict=True)]
+
 
 def read_qwen(source):
     """(Qwen3Config, state dict of Qwen3 in float32) of `source`, see Qwen3.from_pretrained. Every name and shape is checked."""
@@ -1156,6 +1217,168 @@ def read_qwen(source):
         raise ValueError(f'{folder} lacks {os.path.basename(error.filename or str(error))}') from error
     except (ValueError, RuntimeError, TypeError, OSError) as error:  # what hostile files provoke
         raise ValueError(f'{folder}: {" ".join(str(error).split())[:300]}') from error
+
+
+# Qwen3's tokenizer: byte-level BPE whose merges are ranked as the ids are, so that tiktoken needs nothing but the vocabulary, and 26 added tokens.
+QWEN_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+QWEN_ADDED = ('<|endoftext|>', '<|im_start|>', '<|im_end|>', '<|object_ref_start|>', '<|object_ref_end|>', '<|box_start|>', '<|box_end|>', '<|quad_start|>',
+              '<|quad_end|>', '<|vision_start|>', '<|vision_end|>', '<|vision_pad|>', '<|image_pad|>', '<|video_pad|>', '<tool_call>', '</tool_call>',
+              '<|fim_prefix|>', '<|fim_middle|>', '<|fim_suffix|>', '<|fim_pad|>', '<|repo_name|>', '<|file_sep|>', '<tool_response>', '</tool_response>',
+              '<think>', '</think>')
+QWEN_NEEDED = ('<|endoftext|>', '<|im_start|>', '<|im_end|>', '<think>', '</think>')
+TOKENIZER_FILES = ('tokenizer.json', 'vocab.json', 'qwen.tiktoken')
+
+
+def byte_letters():
+    """{byte: the character that stands for it in a vocabulary}: printable ones for themselves, the others for 256, 257, ... (GPT-2's way)."""
+    printable_bytes = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable_bytes]
+    return {**{b: chr(b) for b in printable_bytes}, **{b: chr(256 + i) for i, b in enumerate(others)}}
+
+
+class QwenTokenizer:
+    """encode(text) -> ids of ordinary text, whatever it spells; chat(messages) -> ids of a prompt; decode(ids) -> text."""
+
+    def __init__(self, ranks, added, name='qwen'):
+        """ranks: {bytes: id} with the ids from 0 on; added: {text: id}. ValueError if they do not make a tokenizer."""
+        import tiktoken
+        ids = [*ranks.values(), *added.values()]
+        if any(type(i) is not int for i in ids) or sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([b]) not in ranks for b in range(256)):
+            raise ValueError('its vocabulary does not number all bytes and their merges from 0 on')
+        if not all(isinstance(text, str) and text for text in added) or len(set(ids)) < len(ids) or not all(len(ranks) <= i < 2 ** 24 for i in added.values()):
+            raise ValueError('its added tokens do not have ids of their own behind the vocabulary')
+        if lacking := [text for text in QWEN_NEEDED if text not in added]:
+            raise ValueError(f'it lacks the added token {lacking[0]}')
+        self.encoding = tiktoken.Encoding(name, pat_str=QWEN_PATTERN, mergeable_ranks=ranks, special_tokens=added)
+        self.added, self.n_vocab = dict(added), max(ids) + 1
+        self.known = set(ids)
+        self.eot, self.im_start, self.im_end, self.think_start, self.think_end = (added[text] for text in QWEN_NEEDED)
+        self.ends = {self.eot, self.im_end}  # either ends an answer
+
+    @classmethod
+    def from_pretrained(cls, source):
+        """That of a folder, or name of the hub, with tokenizer.json, or vocab.json (and merges.txt), or qwen.tiktoken. OSError, ValueError."""
+        folder = find_model(source)
+        names = [name for name in TOKENIZER_FILES if os.path.isfile(os.path.join(folder, name))]
+        if not names:
+            raise ValueError(f'{folder} holds no tokenizer: {", ".join(TOKENIZER_FILES)}')
+        path = os.path.join(folder, names[0])
+        try:
+            return cls(*(read_tiktoken(path) if path.endswith('.tiktoken') else read_vocabulary(path)))
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OverflowError) as error:  # what hostile files provoke
+            raise ValueError(f'{path}: {" ".join(str(error).split())[:200]}') from error
+
+    def encode(self, text):
+        """No text can spell a special token: <|im_end|> in a question is eight ordinary ones."""
+        return self.encoding.encode_ordinary(unicodedata.normalize('NFC', text))
+
+    def decode(self, ids):
+        """Text with special tokens as they are spelled; ids that are none (the padding of the vocabulary) are left out."""
+        return self.encoding.decode([i for i in ids if i in self.known], errors='replace')
+
+    def chat(self, messages, thinking=True, generate=True):
+        """Ids of [{'role': system | user | assistant, 'content': text}] as Qwen3's template renders them, with the beginning of an answer
+        behind (generate). thinking=False: the answer begins with an empty thought. Earlier answers lose their thoughts."""
+        ids, last_question = [], max((i for i, m in enumerate(messages) if m['role'] == 'user'), default=len(messages) - 1)
+        for i, message in enumerate(messages):
+            role, content, thought = message['role'], message['content'], ''
+            if role not in ('system', 'user', 'assistant'):
+                raise ValueError(f'role {role!r}: expected system, user or assistant')
+            ids.append(self.im_start)
+            if role == 'assistant' and '</think>' in content:
+                thought = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].strip('\n')
+                content = content.split('</think>')[-1].lstrip('\n')
+            if role == 'assistant' and i > last_question and (i == len(messages) - 1 or thought):
+                ids += [*self.encode('assistant\n'), self.think_start, *self.encode(f'\n{thought}\n'), self.think_end]
+                ids += self.encode('\n\n' + content.lstrip('\n'))
+            else:
+                ids += self.encode(f'{role}\n{content}')
+            ids += [self.im_end, *self.encode('\n')]
+        if generate:
+            ids += [self.im_start, *self.encode('assistant\n')]
+            ids += [] if thinking else [self.think_start, *self.encode('\n\n'), self.think_end, *self.encode('\n\n')]
+        return ids
+
+
+def read_vocabulary(path):
+    """({bytes: id}, {text: id}) of a tokenizer.json, or of a vocab.json with the merges.txt beside it, if there is one."""
+    content = read_whole(path)
+    if os.path.basename(path) == 'tokenizer.json':
+        return vocabulary_of(content)
+    merges_path, merges = os.path.join(os.path.dirname(path), 'merges.txt'), []
+    if os.path.exists(merges_path):
+        with open(merges_path, encoding='utf-8') as file:
+            merges = [line.split(' ') for line in file.read().split('\n') if line and not line.startswith('#version')]
+    ranks = ranked({text: i for text, i in content.items() if text not in QWEN_ADDED}, merges)
+    return ranks, {text: len(ranks) + i for i, text in enumerate(QWEN_ADDED)}
+
+
+def vocabulary_of(content):
+    """The same of what a tokenizer.json holds."""
+    model, steps = content['model'], content['pre_tokenizer']
+    steps = steps.get('pretokenizers', [steps])
+    kinds = [model.get('type', 'BPE'), content.get('normalizer'), *(step.get('type') for step in steps)]
+    if kinds != ['BPE', {'type': 'NFC'}, 'Split', 'ByteLevel'] or steps[0]['pattern'] != {'Regex': QWEN_PATTERN} or steps[1].get('use_regex', True):
+        raise ValueError("it does not split text as Qwen's does")
+    added = {token['content']: token['id'] for token in content['added_tokens']}
+    merges = [merge.split(' ') if isinstance(merge, str) else merge for merge in model['merges']]
+    return ranked({text: i for text, i in model['vocab'].items() if text not in added}, merges), added
+
+
+def ranked(vocabulary, merges):
+    """{bytes: id} of a vocabulary in letters (see byte_letters), whose ids must number its merges in order."""
+    bytes_of = {letter: byte for byte, letter in byte_letters().items()}
+    if merges and [vocabulary.get(a + b) for a, b in merges] != list(range(256, len(vocabulary))):
+        raise ValueError('its merges are not ranked as its ids are')
+    return {bytes(bytes_of[letter] for letter in text): i for text, i in vocabulary.items()}
+
+
+def read_tiktoken(path):
+    """({bytes: id}, {text: id}) of a qwen.tiktoken: lines of a token in base64 and its id."""
+    with open(path, 'rb') as file:
+        pairs = [line.split() for line in file.read().splitlines() if line]
+    ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+    return ranks, {text: len(ranks) + i for i, text in enumerate(QWEN_ADDED)}
+
+
+def canonical(answer):
+    """An answer as it is compared: of numbers the shortest spelling ($1,080.00, 1080 dollars and 1080% are 1080; \\frac{1}{2} and 2/4 are 0.5), of
+    other texts the words in small letters. '' stays ''."""
+    text = re.sub(r'\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}', r' \1 ', answer.strip()[:200])
+    text = re.sub(r'\\[!,;: ]|\\left|\\right|\{,\}', lambda m: ',' if m[0] == '{,}' else '', text).replace('\u2212', '-').strip(' .\n\t*$')
+    simple = re.sub(r'\\?[$%€£]|\^\{?\\circ\}?', '', text)
+    simple = re.sub(r'(?<=\d)\s*[a-z][a-z .]*$', '', simple.split('=')[-1], flags=re.IGNORECASE).strip(' .')  # a unit behind the number
+    simple = re.sub(r'^(-?)\s*\\[dt]?frac\{(\d+)\}\{(\d+)\}$', r'\1\2/\3', simple)
+    number = re.fullmatch(r'([+-]?)\s*((?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?|\d+\.)(?:\s*/\s*(\d+))?', simple)
+    if not number or not number[2] or number[3] and not int(number[3]):
+        return ' '.join(text.lower().split())
+    value = Fraction(number[2].replace(',', '').rstrip('.')) / int(number[3] or 1) * (-1 if number[1] == '-' else 1)
+    rest = value.denominator
+    for prime in (2, 5):
+        while rest % prime == 0:
+            rest //= prime
+    if rest > 1:  # no end of decimals
+        return f'{value.numerator}/{value.denominator}'
+    with localcontext() as context:
+        context.prec = 1000
+        return f'{(Decimal(value.numerator) / Decimal(value.denominator)).normalize():f}'
+
+
+def answer_of(text):
+    """The answer in a model's text or in a solution of GSM8K, as canonical leaves it: the last \\boxed{...}, else what follows the last ####, else the
+    last number. '' if there is none. What stands before </think> is no answer."""
+    text = text.split('</think>')[-1]
+    begin = text.rfind('\\boxed{')
+    if begin >= 0:
+        depth = 1
+        for end in range(begin + 7, len(text)):
+            depth += (text[end] == '{') - (text[end] == '}')
+            if not depth:
+                return canonical(text[begin + 7:end])
+    if '####' in text:
+        return canonical(text.split('####')[-1].strip().split('\n')[0])
+    numbers = re.findall(r'(?:(?<![\w.)])[-\u2212])?\$?(?:(?:\d{1,3}(?:,\d{3})+(?![\d,]*\d)|\d+)(?:\.\d+)?|\.\d+)(?:/\d+)?', text)
+    return canonical(numbers[-1]) if numbers else ''
 
 
 POOLINGS = ('mean', 'last', 'max')
