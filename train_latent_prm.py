@@ -145,11 +145,11 @@ def checkpoint_of(path):  # one dict, whatever the files; ValueError if it is da
         if not os.path.exists(os.path.join(path, 'pytorch_model.bin')):
             raise ValueError('a folder without training_state.json and pytorch_model.bin')
         return {'model': read_whole(os.path.join(path, 'pytorch_model.bin'))}
-    state = read_whole(os.path.join(path, 'training_state.json'))
-    for name in FILES:
-        if not os.path.exists(os.path.join(path, name)) or sha256(os.path.join(path, name)) != state['sha256'][name]:
+    state, files = read_whole(os.path.join(path, 'training_state.json')), [os.path.join(path, name) for name in FILES]
+    for name, file in zip(FILES, files, strict=True):
+        if not os.path.exists(file) or sha256(file) != state['sha256'][name]:
             raise ValueError(f'its {name} is missing or not the one that training_state.json names by its SHA-256')
-    model, optimizer, scheduler, shape = (read_whole(os.path.join(path, name)) for name in FILES)
+    model, optimizer, scheduler, shape = map(read_whole, files)
     if not isinstance(scheduler, dict) or not isinstance(optimizer, dict):
         raise ValueError('its scheduler.pt or optimizer.pt holds something else')
     state = {name: math.inf if value is None else value for name, value in state.items()}  # JSON has no infinity
@@ -157,7 +157,7 @@ def checkpoint_of(path):  # one dict, whatever the files; ValueError if it is da
 
 if eval_only and ask:
     fail('--eval_only and --ask are launches of their own: give one')
-elsewhere = folders(r'epoch_\d+|final')
+elsewhere, unreadable = folders(r'epoch_\d+|final'), []
 furthest = max(folders(r'checkpoint-\d+').values(), default=-1)
 if not checkpoint_path and ask and os.path.isdir(checkpoint_path_of('best')):
     checkpoint_path = checkpoint_path_of('best')
@@ -168,7 +168,8 @@ elif not checkpoint_path and (auto_resume or resume or read_only):
                 checkpoint_path = path
                 break
         except (ValueError, OSError, KeyError, TypeError) as error:
-            print0(f'WARNING: {path} cannot be read as a checkpoint ({error}); it is left as it is')
+            unreadable.append(path)
+            print0(f'WARNING: {path} cannot be read as a checkpoint ({error})')
 elif elsewhere and furthest < 0 and not (auto_resume or resume or read_only):
     fail(f'{run_dir} already holds a run ({os.path.basename(min(elsewhere))}): add --auto_resume to continue it, or choose another folder for a new one')
 
@@ -240,9 +241,8 @@ rank_state, load_rank_state = lambda: {}, lambda stored: None  # what each rank 
 # best_score: of best/, the smaller the better. Then what training_stats.json lists, the losses since the epoch began, the last validation.
 own_progress = dict(best_score=math.inf, best_loss=math.inf, step_numbers=[], step_losses=[], epoch_losses=[], val_step_numbers=[], val_losses=[],
                     epoch_sum=0.0, epoch_count=0, report={}, table={})
-on_gpu = (device or 'cuda').startswith('cuda') and torch.cuda.is_available()
-bfloat16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-dtype = 'float32' if not mixed_precision or not on_gpu else 'bfloat16' if bfloat16 else 'float16'
+mixed = mixed_precision and (device or 'cuda').startswith('cuda') and torch.cuda.is_available()
+dtype = 'float32' if not mixed else 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
 if max(dropout_prob, beta1, beta2) >= 1 or learning_rate <= 0:
     fail('dropout_prob, beta1 and beta2 must be less than 1, and learning_rate more than 0')
 if warmup_ratio > 1 or val_size > 1 or val_size == 1 and not read_only:
@@ -331,9 +331,8 @@ else:
         paths, questions, facts, train_rows, val_rows = read_data()
     except ValueError as error:
         fail(f'✗ ERROR: {error}' + f'; to collect paths: `python prepare/latent_prm.py --output_dir={data_dir}`' * ('No .pt' in str(error)))
-    found = (checkpoint_file, facts)
-    if len(set(map(str, everyone(found)))) > 1:
-        fail(f'the ranks see different checkpoints or paths: {found[0] or "no checkpoint"} and {data_dir} must be the same on all nodes')
+    if len(set(map(str, everyone((checkpoint_file, facts))))) > 1:
+        fail(f'the ranks see different checkpoints or paths: {checkpoint_file or "no checkpoint"} and {data_dir} must be the same on all nodes')
     question_lengths = np.array([len(question['ids']) if question_context else 0 for question in questions])
     lengths = np.array([len(latents) for latents in paths['latents']])
     full_lengths = lengths + question_lengths[paths['question']]
@@ -392,12 +391,13 @@ def batch(step, micro_step):
         rows, n = np.concatenate(parts), accumulation * world_size
         parts = [rows[len(rows) * i // n:len(rows) * (i + 1) // n] for i in range(n)]
     chosen = parts[part] if part < len(parts) else []
-    inputs = padded(chosen if len(chosen) else parts[0][:1])
-    targets, weights = torch.tensor(paths['target'][chosen if len(chosen) else parts[0][:1]]), torch.full((max(1, len(chosen)),), float(len(chosen) > 0))
-    if not len(chosen):  # nothing is left for this rank, but all must take part: a path of nothing that weighs nothing
-        inputs[0].zero_()
-    pairs = torch.from_numpy(ordered_pairs(chosen) if objective == 'rank' and len(chosen) else np.zeros((0, 2), np.int64))
-    tensors = [*inputs, targets.to(torch.get_default_dtype()), weights, pairs]
+    nothing = not len(chosen)
+    chosen = parts_of(step)[0][:1] if nothing else chosen
+    inputs, targets = padded(chosen), torch.tensor(paths['target'][chosen]).to(torch.get_default_dtype())
+    weights, pairs = torch.ones(len(chosen)), torch.from_numpy(ordered_pairs(chosen) if objective == 'rank' else np.zeros((0, 2), np.int64))
+    if nothing:  # is left for this rank, but all must take part: a path of nothing that weighs nothing
+        inputs[0].zero_(), weights.zero_()
+    tensors = [*inputs, targets, weights, pairs]
     return [t.pin_memory() if t is not None and device_type == 'cuda' else t for t in tensors], count, pairs_count
 
 def on_device(tensors):
@@ -791,7 +791,7 @@ for step in range(start_step, max_steps + 1):
     wanted = [checkpoint_path_of(step)] if save_every > 0 and step % save_every == 0 or step in permanent or last else []
     wanted += [os.path.join(run_dir, f'epoch_{step // steps_per_epoch}')] if epoch_ended else []
     for path in [*wanted, *([os.path.join(run_dir, 'final')] if last else [])] if step else []:
-        if fresh or not everyone(os.path.isdir(path))[0]:  # a run that was killed between two of them
+        if fresh or not everyone(os.path.isdir(path) and path not in unreadable)[0]:  # a run that was killed between two of them
             save(path)
             print0(f'[Trainer] Checkpoint saved to: {path}')
     if last:

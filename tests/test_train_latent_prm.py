@@ -1,12 +1,15 @@
 """What train_latent_prm.py alone promises: its data and what is wrong with them, evaluation, folders and log lines of guide 004, its commands, --ask."""
+import fcntl
 import json
 import math
 import os
 import pty
 import re
 import shlex
+import struct
 import subprocess
 import sys
+import termios
 from itertools import product
 
 import numpy as np
@@ -335,7 +338,7 @@ model.judged = judged
         trains('--max_steps=4', '--val_steps=1', f'--best_metric={metric}', f'--output_dir={metric}', prelude=fake).ok()
         assert load(tmp_path / metric / 'best')['step'] == step
     run = trains('--num_epochs=2', '--val_size=0', '--output_dir=none').ok()
-    assert 'val loss' not in run.out.split('done:')[0] and load(tmp_path / 'none/best')['step'] == 8  # the lower loss of two epochs
+    assert 'val loss' not in run.out.split('done:')[0] and load(tmp_path / 'none/best')['step'] == 10  # the lower loss of two epochs
     assert '--val_size is 0' in trains('--val_size=0', '--best_metric=auc', '--output_dir=x').one_line()
     assert '--val_size is 0' in trains('--val_size=0', '--eval_only', '--checkpoint_path=none/best').one_line()
 
@@ -343,6 +346,7 @@ model.judged = judged
 def test_the_bar_counts_batches_on_a_terminal(trains, tmp_path):
     trains('--max_steps=0').ok()
     parent, child = pty.openpty()
+    fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack('HHHH', 40, 150, 0, 0))
     process = subprocess.Popen([sys.executable, ROOT / 'train_latent_prm.py', *BASE, '--output_dir=two', '--max_steps=8'], cwd=tmp_path, stdout=child, stderr=child,
                                env=dict(os.environ, OMP_NUM_THREADS='1'))
     os.close(child)
