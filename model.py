@@ -1345,9 +1345,9 @@ def canonical(answer):
     """An answer as it is compared: of numbers the shortest spelling ($1,080.00, 1080 dollars and 1080% are 1080; \\frac{1}{2} and 2/4 are 0.5), of
     other texts the words in small letters. '' stays ''."""
     text = re.sub(r'\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}', r' \1 ', answer.strip()[:200])
-    text = re.sub(r'\\[!,;: ]|\\left|\\right|\{,\}', lambda m: ',' if m[0] == '{,}' else '', text).replace('\u2212', '-').strip(' .\n\t*$')
+    text = re.sub(r'\\[!,;: ]|\\left|\\right|\{,\}', lambda m: ',' if m[0] == '{,}' else '', text).replace('\u2212', '-').strip(' \n\t*$').rstrip(' .\n\t*$')
     simple = re.sub(r'\\?[$%€£]|\^\{?\\circ\}?', '', text)
-    simple = re.sub(r'(?<=\d)\s*[a-z][a-z .]*$', '', simple.split('=')[-1], flags=re.IGNORECASE).strip(' .')  # a unit behind the number
+    simple = re.sub(r'(?<=\d)\s*[a-z][a-z .]*$', '', simple.split('=')[-1], flags=re.IGNORECASE).strip().rstrip(' .')  # a unit behind the number
     simple = re.sub(r'^(-?)\s*\\[dt]?frac\{(\d+)\}\{(\d+)\}$', r'\1\2/\3', simple)
     number = re.fullmatch(r'([+-]?)\s*((?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?|\d+\.)(?:\s*/\s*(\d+))?', simple)
     if not number or not number[2] or number[3] and not int(number[3]):
