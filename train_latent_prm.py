@@ -43,8 +43,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from configurator import configure, fail, master, nearby, print0
-from model import PEAK_FLOPS, Qwen3Config, QwenLatentPRM, bucketed, compared, find_model, judged, open_paths, padded_paths, table_lines, without_nan
-from model import generator_states, on_cpu, read_whole, remove, seed_generators, set_generator_states, sha256, total_norm, write_whole
+from model import PEAK_FLOPS, Qwen3Config, QwenLatentPRM, bucketed, compared, find_model, judged, open_paths, padded_paths, printable, table_lines
+from model import generator_states, on_cpu, read_whole, remove, seed_generators, set_generator_states, sha256, total_norm, without_nan, write_whole
 from model import load_optimizer_state, make_optimizers, optimizer_state
 
 # ---- settings ------------------------------------------------------------------------------------------------------
@@ -686,8 +686,7 @@ def write_beside(path, content):
 if ask:
     if ddp:
         fail('--ask is for one process, without torchrun')
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL), signal.signal(signal.SIGINT, signal.SIG_DFL)
     from prepare import latent_prm as collect
     collected = sorted(glob.glob(os.path.join(glob.escape(data_dir), '*_metadata.json')))
     if not collected:
@@ -715,7 +714,8 @@ if ask:
     answers = sorted({answer for _, answer in said if answer})
     for how, weights in (('majority vote', [1] * num_paths), ('vote weighted by the scores', scores)):
         print0(f'{how}: {max(answers, key=lambda a, weights=weights: sum(w for w, (_, b) in zip(weights, said, strict=True) if a == b), default="none")}')
-    print0(f'chosen: path {order[0]}, score {scores[order[0]]:.3f}, answer {said[order[0]][1] or "none"}\n{said[order[0]][0].strip()}')
+    best = next((i for i in order if said[i][1]), order[0])  # a path without an answer is no choice
+    print0(f'chosen: path {best}, score {scores[best]:.3f}, answer {said[best][1] or "none"}\n{printable(said[best][0]).strip()}')
     leave(0)
 
 if eval_only:

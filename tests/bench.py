@@ -482,7 +482,7 @@ def measure_prm():
     from transformers import Qwen3Config, Qwen3Model
 
     from model import QwenLatentPRM, bucketed, make_optimizers, padded_paths
-    B, accumulate, C, layers, n = 4, 4, 128, 4, 200  # paths of a micro-batch, micro-batches of a step, width, layers, paths of a turn
+    B, accumulate, C, layers, n = 4, 4, 128, 4, 96  # paths of a micro-batch, micro-batches of a step, width, layers, paths of a turn
     rng = np.random.default_rng(0)
     lengths = {'mixed lengths': np.clip(rng.lognormal(math.log(60), 0.8, n), 1, 512).astype(int), 'equal lengths': np.full(n, 64)}
     with tempfile.TemporaryDirectory() as folder:

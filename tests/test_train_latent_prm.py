@@ -19,6 +19,7 @@ from harness import ROOT, VOLATILE, clean_log, differences, drop, load, make_pat
 from test_configurator import GUIDES
 
 import model as m
+from prepare.tiny_qwen import tokenizer_json
 
 BASE = ['--data_dir=data', '--model_path=qwen', '--output_dir=run', '--val_size=0.2', '--learning_rate=1e-2', '--logging_steps=1', '--save_steps=-1']
 
@@ -480,6 +481,37 @@ def test_weights_of_another_pooling_are_refused_with_both_names(trains, tmp_path
     torch.save(load(tmp_path / 'run/final')['model'], tmp_path / 'weights.bin')
     err = trains('--resume', '--checkpoint_path=weights.bin', '--output_dir=two').one_line()
     assert 'last' in err and 'mean' in err
+
+
+# ---- from a question to a choice
+@pytest.mark.parametrize('context', [False, True])
+def test_ask_thinks_scores_and_chooses(launcher, tmp_path, context):
+    torch.manual_seed(0)
+    net = m.Qwen3(m.Qwen3Config(320, 16, 24, 2, 2, 1, 8, 512, 1e-6, 1e6, False))
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    with torch.no_grad():
+        net.lm_head.weight[48:58] *= 3  # digits are likely, so that there are answers
+    m.write_whole(str(tmp_path / 'qwen'), {**net.files(), 'tokenizer.json': tokenizer_json(['user', 'assistant', '\n\n'], m.QWEN_NEEDED)})
+    launcher.run('prepare/latent_prm.py', ['--task=arithmetic', '--model_path=qwen', '--max_samples=8', '--num_paths=4', '--latent_steps=3', '--max_new_tokens=6'],
+                 cwd=tmp_path).ok()
+    (file,) = shards(tmp_path / 'prm_data')
+    edit(file, lambda p, q, s: [put(p, prm_score=i % 2, is_correct=bool(i % 2)) for q in s['questions'] for i, p in enumerate(q['paths'])])
+    launcher.run('train_latent_prm.py', ['--model_path=qwen', '--output_dir=run', '--num_epochs=1', f'--question_context={context}'], cwd=tmp_path).ok()
+    before = {path: path.read_bytes() for path in tmp_path.rglob('run/**/*') if path.is_file()}
+    ask = ['--ask=3+4=?', '--num_paths=5', '--output_dir=run']
+    run = launcher.run('train_latent_prm.py', ask, cwd=tmp_path).ok()
+    found = re.findall(r'^path +(\d+) \| score ([\d.]+) \| after each thought ([\d. ]+) \| answer (\S+)$', run.out, re.MULTILINE)
+    scores = [float(score) for _, score, _, _ in found]
+    assert sorted(int(path) for path, _, _, _ in found) == list(range(5)) and scores == sorted(scores, reverse=True) and len(set(scores)) > 1
+    assert all(len(steps.split()) == 3 and steps.split()[-1] == score for _, score, steps, _ in found)  # as many thoughts as the paths of the data have
+    path, score, _, answer = next(one for one in found if one[3] != 'none')
+    assert f'chosen: path {path}, score {score}, answer {answer}\n' in run.out and 'majority vote: ' in run.out
+    assert launcher.run('train_latent_prm.py', ask, cwd=tmp_path).ok().out == run.out
+    assert {path: path.read_bytes() for path in tmp_path.rglob('run/**/*') if path.is_file()} == before
+    assert 'positions' in launcher.run('train_latent_prm.py', ['--ask=' + '1+' * 300, '--output_dir=run'], cwd=tmp_path).one_line()
+    assert 'without torchrun' in launcher.run('train_latent_prm.py', ask, cwd=tmp_path, ranks=2).one_line()
+    assert 'no readable checkpoint' in launcher.run('train_latent_prm.py', ['--ask=x', '--output_dir=none'], cwd=tmp_path).one_line()
 
 
 # ---- guide 004
