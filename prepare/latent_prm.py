@@ -92,9 +92,9 @@ WORDS = [('{a} apples and {b} more?', '+'), ('{a} pens, {b} lost?', '-')]
 
 
 def arithmetic(number, seed):
-    """(question, answer) number `number`: the sum or difference of two numbers below 100, in digits or in words."""
+    """(question, answer) number `number`: the sum or difference of two numbers of two digits, in digits or in words."""
     rng = np.random.default_rng([seed, number])
-    a, b, kind = (int(n) for n in rng.integers(0, (100, 100, 4)))
+    a, b, kind = (int(n) for n in rng.integers((10, 10, 0), (100, 100, 4)))
     text, sign = [*WORDS, ('{a}+{b}=?', '+'), ('{a}-{b}=?', '-')][kind]
     if sign == '-':
         a, b = max(a, b), min(a, b)

@@ -3,9 +3,8 @@
     python prepare/tiny_qwen.py                       about two minutes on 2 CPU cores
     python -m prepare.tiny_qwen --help
 
-It learns the problems of `prepare/latent_prm.py --task=arithmetic`, others than that will ask: the answer's digits in reverse order as five written
-thoughts, then `#### answer`. prepare/latent_prm.py lets it think five latent thoughts in their place, which it never learned: right more often than not,
-wrong often enough that there is something to tell apart.
+It learns the problems of `prepare/latent_prm.py --task=arithmetic`, others than that will ask: the answer in five digits as written thoughts, then the
+last three of them, `00085#### 085`. prepare/latent_prm.py lets it think five latent thoughts in their place, which it never learned.
 
 The folder is that of published models: config.json, model.safetensors, tokenizer.json (all bytes and a few words), which transformers loads too.
 """
@@ -32,14 +31,14 @@ from prepare.latent_prm import WORDS, arithmetic
 output_dir = 'data/tiny_qwen'  # folder to write; it is replaced
 steps = 600                    # updates
 batch_size = 64                # problems in each
-lr = 4e-3                      # peak learning rate, cosine to 0 after a linear warmup of a tenth
+lr = 2e-3                      # peak learning rate, cosine to 0 after a linear warmup of a tenth
 seed = 1337                    # of weights and problems; 0 = a seed like any other
 
 if __name__ == '__main__':
     configure(globals())
 
 THOUGHTS = 5
-HELD_OUT = 400  # problems of the check at the end
+HELD_OUT = 400  # problems of the check at the end, at most as many as were trained on
 
 
 def tokenizer_json(texts, added):
@@ -77,9 +76,9 @@ def merged(word, a, b):
 def example(tokenizer, number):
     """(prompt ids, ids of thoughts and answer, right answer) of a problem that prepare/latent_prm.py does not ask."""
     question, answer = arithmetic(number, seed + 2 ** 31)
-    thoughts = answer[::-1].ljust(THOUGHTS, '0')
+    thoughts = answer.zfill(THOUGHTS)
     prompt = tokenizer.chat([dict(role='user', content=question)], thinking=False)
-    return prompt, [*tokenizer.encode(f'{thoughts}#### {answer}'), tokenizer.im_end], answer
+    return prompt, [*tokenizer.encode(f'{thoughts}#### {thoughts[-3:]}'), tokenizer.im_end], answer
 
 
 def batches(tokenizer):
@@ -117,8 +116,8 @@ def train(model, tokenizer):
 
 def accuracy(model, tokenizer, latent):
     """Share of held-out problems that are answered rightly, by the likeliest tokens: with written or with latent thoughts."""
-    groups, right = {}, 0
-    for i in range(HELD_OUT):
+    groups, right, held_out = {}, 0, min(HELD_OUT, steps * batch_size)
+    for i in range(held_out):
         prompt, _, answer = example(tokenizer, steps * batch_size + 8 * batch_size + i)
         groups.setdefault(len(prompt), []).append((prompt, answer))
     for rows in groups.values():
@@ -129,7 +128,7 @@ def accuracy(model, tokenizer, latent):
             _, hidden, cache = model.think(hidden, cache, THOUGHTS, [None] * len(rows), lambda step: [])
         spoken = model.speak(hidden, cache, torch.zeros(len(rows), length), 0, 1.0, tokenizer.n_vocab, tokenizer.ends)
         right += sum(answer_of(tokenizer.decode(ids)) == answer for (ids, _, _), (_, answer) in zip(spoken, rows, strict=True))
-    return right / HELD_OUT
+    return right / held_out
 
 
 def main():
@@ -147,7 +146,7 @@ def main():
     print0(f'{sum(p.numel() for p in model.parameters()):,} parameters, {tokenizer.n_vocab} tokens')
     train(model, tokenizer)
     written, latent = accuracy(model, tokenizer, False), accuracy(model, tokenizer, True)
-    print0(f'right answers to {HELD_OUT} held-out problems: with written thoughts {written:.3f}, with latent thoughts {latent:.3f}')
+    print0(f'right answers to held-out problems: with written thoughts {written:.3f}, with latent thoughts {latent:.3f}')
     files['tokenizer_config.json'] = dict(tokenizer_class='Qwen2Tokenizer', eos_token='<|im_end|>', pad_token='<|endoftext|>', model_max_length=4096)
     folder.parent.mkdir(parents=True, exist_ok=True)
     write_whole(str(folder), {**files, **model.files()})
