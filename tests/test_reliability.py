@@ -142,7 +142,7 @@ CASES = dict(
     train_latent_prm=dict(
         script='train_latent_prm.py',
         args=dict(data_root='data', model_path='data/qwen', batch_size=2, gradient_accumulation_steps=4, max_steps=8, warmup_ratio=0.25, max_lr=1e-2,
-                  val_size=0.2, best_metric='val_loss', eval_interval=2, checkpoint_interval=2, log_interval=3, dropout=0.1),
+                  val_size=0.2, best_metric='val_loss', eval_interval=2, checkpoint_interval=2, log_interval=3, dropout=0.1, device='cpu'),
         micro_steps=4,
         folder='output_dir',
         log='training.log',
@@ -167,7 +167,7 @@ CASES = dict(
         draws=True,
         without=('total_batch_size', 'val_tokens', 'generate_interval', 'max_new_tokens'),
         ends=('final',),
-        kills=3,
+        kills=5,
     ),
 )
 
