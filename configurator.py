@@ -101,7 +101,7 @@ class Config(dict):
     def changes(self, stored, where):
         """[(name, old, new)] of the settings that differ from a stored run's ({name: value}); its folder may have moved."""
         old = {name: _checked(stored[name], self.settings[name][0], '', f'{where}: {name}') for name in self if name in stored}
-        return [(name, old[name], self[name]) for name in old if old[name] != self[name] and name not in (*LAUNCH, 'log_dir')]
+        return [(name, old[name], self[name]) for name in old if old[name] != self[name] and name not in (*LAUNCH, 'log_dir', 'output_dir')]
 
     def typed(self):
         """The typed settings as a plain dict, for `restore`."""

@@ -42,8 +42,7 @@ from configurator import LAUNCH, configure, fail, master, nearby, print0
 from model import PEAK_FLOPS, load_optimizer_state, optimizer_state, read_whole, total_norm
 from model import generator_states, on_cpu, remove, seed_generators, set_generator_states, write_whole
 from trm import IGNORE, METRICS, RECURSION, SHAPE, TRM, AdamATan2, TRMConfig, sign_sgd
-from trm import add_columns, addition_numbers, addition_tokens, adopt_trm, all_config, deal_carries, examples_of_epoch, fit_trm, least_steps, of_all_ranks
-from trm import open_puzzles, puzzle_tensors, read_trm
+from trm import addition_tokens, adopt_trm, all_config, deal_carries, examples_of_epoch, fit_trm, least_steps, of_all_ranks, open_sums, puzzle_tensors, read_trm
 
 # ---- settings ------------------------------------------------------------------------------------------------------
 # i/o
@@ -322,23 +321,6 @@ for number in (signal.SIGTERM, signal.SIGINT):
 run_dir = everyone(run_dir)[0]  # a name that the clock gave is rank 0's
 config.assign('log_dir', run_dir)
 
-def opened(split):
-    """The problems of a split and their numbers a, b (n, W) of digits; `whole`: the answers are the sums, not the next state of the grid."""
-    data = open_puzzles([data_path], split)
-    where, W = os.path.join(data_path, split), data.seq_len // 4
-    if data.vocab_size != 12 or data.seq_len != 4 * W or W > 1000:
-        raise ValueError(f'{where}: {data.seq_len} cells of {data.vocab_size} tokens are no sums: these have four rows of 1,000 cells at most and 12 tokens')
-    inputs, labels, _ = data.rows(np.arange(data.examples))
-    (data.a, a_valid), (data.b, b_valid) = addition_numbers(inputs[:, :W]), addition_numbers(inputs[:, W:2 * W])
-    carries, total, data.carry = add_columns(data.a, data.b)
-    data.whole = bool((inputs[:, 2 * W:] == 1).all())
-    wrong = ~(a_valid & b_valid) | (np.maximum(data.a[:, 0], 0) + np.maximum(data.b[:, 0], 0) + carries[:, 0] > 9)
-    if data.whole:
-        wrong |= ((labels != addition_tokens(data.a, data.b, carries, total)) & (labels != 0)).any(1) | (labels[:, 3 * W:] == 0).any(1)
-    if wrong.any():
-        raise ValueError(f'{where}: row {int(wrong.argmax())} is no sum of two numbers')
-    return data
-
 train_data = test_data = None
 try:
     if ask:
@@ -350,8 +332,8 @@ try:
         if longest > columns:
             raise ValueError(f'--ask: a sum of {longest} digits does not fit into {columns} columns')
     else:
-        train_data = None if read_only else opened('train')
-        test_data = opened('test') if read_only or os.path.isdir(os.path.join(data_path, 'test')) else None
+        train_data = None if read_only else open_sums(data_path, 'train')
+        test_data = open_sums(data_path, 'test') if read_only or os.path.isdir(os.path.join(data_path, 'test')) else None
         data = train_data or test_data
         if test_data and (test_data.seq_len != data.seq_len or test_data.num_puzzle_identifiers != data.num_puzzle_identifiers or not test_data.whole):
             raise ValueError(f'{data_path}: train and test differ in columns or identifiers, or the test is not of whole sums')
@@ -495,8 +477,9 @@ def take_snapshot(before=None):
 
 def rotate():
     """Delete what is no longer wanted, once what replaces it is on the disk. Damaged files neither count nor go."""
-    for s in [*steps_on_disk('.tmp'), 'best']:
-        remove(checkpoint_path_of(s) + '.tmp')  # of a save that was killed
+    for suffix in ('.tmp', '.gone'):  # of a save that was killed, of a folder's deletion that was
+        for s in [*steps_on_disk(suffix), 'best']:
+            remove(checkpoint_path_of(s) + suffix)
     steps = [s for s in steps_on_disk() if checkpoint_path_of(s) not in damaged]
     newest = 1 if keep == 1 and steps and read_checkpoint(checkpoint_path_of(steps[-1]))[0] else max(keep, 2)
     for s in steps[:-newest] if keep else []:

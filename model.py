@@ -3,6 +3,7 @@
 Parameter names are those of the published checkpoints; weights of linear layers are (out, in), the transpose of the
 published Conv1D ones. The head is the token embedding (tied), so it has no entry of its own in the state dict.
 """
+import base64
 import hashlib
 import json
 import math
@@ -10,14 +11,18 @@ import os
 import random
 import re
 import shutil
+import unicodedata
 import zipfile
 import zlib
 from dataclasses import dataclass
+from decimal import Decimal, localcontext
+from fractions import Fraction
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.utils.checkpoint
 
 # The published shapes, and one for a laptop. `--model=<name>` picks one; each number can still be given by itself.
 GPT_SIZES = {
@@ -324,20 +329,26 @@ CONV1D = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_
 
 
 def find_gpt(source):
-    """Path of the weights that `source` names: a file or folder as it is; 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl' or any
-    'owner/name' of the Hugging Face hub is taken from its local cache, else downloaded. OSError says what failed."""
+    """find_model, for which 'gpt2', 'gpt2-medium', 'gpt2-large' and 'gpt2-xl' are names too."""
+    repository = f'openai-community/{source}' if source in GPT_SIZES and source != 'tiny' else source
+    return find_model(source, repository, 'gpt2, gpt2-medium, gpt2-large, gpt2-xl, owner/name')
+
+
+def find_model(source, repository='', names='owner/name'):
+    """Path of the weights that `source` names: a file or folder as it is; any 'owner/name' of the Hugging Face hub is taken from its local
+    cache, else downloaded. OSError says what failed."""
     if os.path.exists(source):
         return source
-    repository = f'openai-community/{source}' if source in GPT_SIZES and source != 'tiny' else source
+    repository = repository or source
     owner, _, name = repository.partition('/')
-    if not name or '/' in name or name.endswith(('.pt', '.bin', '.safetensors', '.json')) or owner[0] in '.~' or os.path.isdir(owner):
-        raise OSError(f'{source} does not exist and is no model of the hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl, owner/name)')
+    if not name or '/' in name or name.endswith(('.pt', '.bin', '.safetensors', '.json')) or owner[:1] in '.~' or os.path.isdir(owner):
+        raise OSError(f'{source} does not exist and is no model of the hub ({names})')
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise OSError(f"{source}: to download it pip install -e '.[data]', or name a folder that holds its config.json and model.safetensors") from None
     try:
-        patterns = dict(allow_patterns=['config.json', 'model*.safetensors', 'model.safetensors.index.json'])
+        patterns = dict(allow_patterns=['config.json', 'model*.safetensors', 'model.safetensors.index.json', 'tokenizer.json'])
         try:
             folder = snapshot_download(repository, local_files_only=True, **patterns)
             if {'model.safetensors', 'model.safetensors.index.json'} & set(os.listdir(folder)):  # else only its tokenizer, say, was wanted before
@@ -875,8 +886,11 @@ def read_whole(path):
 def remove(path):
     """Delete a file or a folder, whole or not at all: a half-deleted folder must not bear the name of a whole one."""
     if os.path.isdir(path) and not os.path.islink(path):
-        os.replace(path, path + '.gone')
-        shutil.rmtree(path + '.gone')
+        if not path.endswith(('.tmp', '.old', '.gone')):  # these are no whole ones by their names
+            remove(path + '.gone')  # of a deletion that was killed
+            os.replace(path, path + '.gone')
+            path += '.gone'
+        shutil.rmtree(path)
     elif os.path.lexists(path):
         os.unlink(path)
 
@@ -946,7 +960,7 @@ def write_whole(path, files):
             sync(os.path.join(temporary, name) if name else temporary)
         if is_folder:
             sync(temporary)
-        if is_folder and os.path.isdir(path):
+        if is_folder and os.path.lexists(path):
             remove(path + '.old')
             os.replace(path, path + '.old')  # a folder cannot be replaced in one step: for a moment only .old is there
         os.replace(temporary, path)
@@ -955,3 +969,778 @@ def write_whole(path, files):
     sync(os.path.dirname(path) or '.')
     if is_folder:
         remove(path + '.old')
+
+
+# Qwen3 (Qwen Team 2025, arXiv 2505.09388). Module names are those of the published weights. Rows of different length are padded on the
+# right: with causal attention what stands before the padding never sees it, so there is no mask, and the result is that of the row alone.
+
+@dataclass
+class Qwen3Config:
+    """The shape, in the names of config.json; read it with from_json: no field has a default."""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int            # num_attention_heads * head_dim is not hidden_size: 2048 and 1024 at 0.6B
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    tie_word_embeddings: bool
+
+    @classmethod
+    def from_json(cls, content, where='config.json'):
+        """From what a config.json holds, the hub's or transformers 5's spelling. ValueError for what is missing or not built here."""
+        if not isinstance(content, dict):
+            raise ValueError(f'{where} holds no settings')
+        rope = content.get('rope_parameters')
+        rope = rope if isinstance(rope, dict) else {}
+        found = {**content, **({'rope_theta': rope['rope_theta']} if 'rope_theta' in rope else {})}
+        if content.get('rope_theta', found.get('rope_theta')) != found.get('rope_theta'):
+            raise ValueError(f'{where} says rope_theta {content["rope_theta"]!r} and {rope["rope_theta"]!r}')
+        layer_types = content.get('layer_types') or ['full_attention']
+        fixed = dict(model_type=('qwen3',), hidden_act=('silu',), attention_bias=(False, None), use_sliding_window=(False, None), rope_scaling=(None,),
+                     attention_dropout=(0, None))
+        for name, allowed in fixed.items():
+            if content.get(name) not in allowed:
+                raise ValueError(f'{where} says {name} {content.get(name)!r:.60}, this model has {allowed[0]!r}')
+        if rope.get('rope_type', 'default') != 'default' or not isinstance(layer_types, list) or set(map(str, layer_types)) != {'full_attention'}:
+            raise ValueError(f'{where} says rope_type {rope.get("rope_type")!r:.40} and layer_types {layer_types!r:.60}, built are default and full_attention')
+        values = {}
+        for name, kind in cls.__annotations__.items():
+            value = found.get(name)
+            whole_number = type(value) is int and 0 < value < 2 ** 31
+            good = type(value) is bool if kind is bool else whole_number if kind is int else type(value) in (int, float) and 0 < value < math.inf
+            if not good:
+                raise ValueError(f'{where}: {name} is ' + (f'{value!r:.60}' if name in found else 'missing'))
+            values[name] = kind(value)
+        heads, kv_heads, size = values['num_attention_heads'], values['num_key_value_heads'], values['head_dim']
+        if heads % kv_heads or size % 2:
+            raise ValueError(f'{where}: {heads} heads of size {size} do not go with {kv_heads} key-value heads')
+        return cls(**values)
+
+    def to_json(self):
+        """What from_json, and transformers from 4.51 on, read."""
+        return dict(architectures=['Qwen3ForCausalLM'], model_type='qwen3', **self.__dict__, hidden_act='silu', attention_bias=False, attention_dropout=0.0,
+                    use_sliding_window=False, sliding_window=None, rope_scaling=None, max_window_layers=self.num_hidden_layers, initializer_range=0.02,
+                    use_cache=True, torch_dtype='float32')
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x):
+        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)  # rounded before the weight, as the published code does
+
+
+class Qwen3Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        C, D, heads, kv_heads = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = D
+        self.q_proj, self.o_proj = nn.Linear(C, heads * D, bias=False), nn.Linear(heads * D, C, bias=False)
+        self.k_proj, self.v_proj = nn.Linear(C, kv_heads * D, bias=False), nn.Linear(C, kv_heads * D, bias=False)
+        self.q_norm, self.k_norm = RMSNorm(D, config.rms_norm_eps), RMSNorm(D, config.rms_norm_eps)
+
+    def forward(self, x, cos, sin, past=None):
+        B, T, _ = x.shape
+        q, k, v = (proj(x).view(B, T, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))  # (B, T, heads, D)
+        q, k = (self.rotated(norm(t).transpose(1, 2), cos, sin) for norm, t in ((self.q_norm, q), (self.k_norm, k)))
+        v, mask = v.transpose(1, 2), None
+        if past is not None:
+            k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)  # new tensors: whoever holds `past` keeps it as it was
+            if T > 1:
+                mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=past is None, enable_gqa=True)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1)), (k, v)
+
+    @staticmethod
+    def rotated(x, cos, sin):
+        """Rotary positions (Su et al. 2021): dimension i is paired with i + D/2."""
+        a, b = x.chunk(2, -1)
+        return x * cos + torch.cat((-b, a), -1) * sin
+
+
+class Qwen3MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        C, hidden = config.hidden_size, config.intermediate_size
+        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(C, hidden, bias=False), nn.Linear(C, hidden, bias=False), nn.Linear(hidden, C, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Qwen3Layer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Qwen3Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = Qwen3MLP(config)
+
+    def forward(self, x, cos, sin, past=None):
+        y, present = self.self_attn(self.input_layernorm(x), cos, sin, past)
+        x = x + y
+        return x + self.mlp(self.post_attention_layernorm(x)), present
+
+
+class Qwen3Stack(nn.Module):
+    """Embedding (unless left out), layers, norm: inputs (B, T) int64, or (B, T, C) of the embedding's kind -> final hidden states (B, T, C)."""
+
+    def __init__(self, config, embedding=True):
+        super().__init__()
+        self.config, self.grad_checkpoint = config, False  # True: activations are computed again in the backward pass, not kept
+        if embedding:
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Qwen3Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, inputs, cache=None):
+        """(hidden states, cache of these and all earlier positions). A cache is a list of each layer's (keys, values), (B, heads, T, D), and
+        is never written to: a branch takes it by expand, and siblings cannot see each other."""
+        x = inputs if inputs.is_floating_point() else self.embed_tokens(inputs)
+        past = cache[0][0].size(2) if cache else 0
+        T, D = x.size(1), self.config.head_dim
+        assert past + T <= self.config.max_position_embeddings, f'{past + T} positions, the model has {self.config.max_position_embeddings}'
+        frequencies = 1.0 / self.config.rope_theta ** (torch.arange(0, D, 2, dtype=torch.float32, device=x.device) / D)
+        angles = torch.arange(past, past + T, dtype=torch.float32, device=x.device).unsqueeze(1) * frequencies
+        angles = torch.cat((angles, angles), 1)  # (T, D)
+        cos, sin, presents = angles.cos().to(x.dtype), angles.sin().to(x.dtype), []
+        for i, layer in enumerate(self.layers):
+            if self.grad_checkpoint and torch.is_grad_enabled():
+                x, present = torch.utils.checkpoint.checkpoint(layer, x, cos, sin, cache[i] if cache else None, use_reentrant=False)
+            else:
+                x, present = layer(x, cos, sin, cache[i] if cache else None)
+            presents.append(present)
+        return self.norm(x), presents
+
+
+class Qwen3(nn.Module):
+    """forward(inputs, cache=None) -> (logits (B, T, V), hidden states (B, T, C), cache); inputs and cache as Qwen3Stack has them."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.model = config, Qwen3Stack(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        for p in self.parameters():
+            if p.dim() == 2:
+                nn.init.normal_(p, std=0.02)
+
+    @property
+    def head(self):
+        """The output embedding (V, C)."""
+        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def forward(self, inputs, cache=None):
+        hidden, cache = self.model(inputs, cache)
+        return F.linear(hidden, self.head), hidden, cache
+
+    @classmethod
+    def from_pretrained(cls, source):
+        """The model, in float32, of a folder with config.json and model.safetensors, in one file or in several, or of a name of the hub (see
+        find_model). OSError if it is not there, ValueError if it is not Qwen3 or not whole."""
+        config, weights = read_qwen(source)
+        with torch.device('meta'):
+            model = cls(config)
+        model.load_state_dict(weights, assign=True)
+        return model
+
+    def files(self):
+        """{name: content} of a folder that from_pretrained and transformers load (see write_whole), but for the tokenizer."""
+        from safetensors.torch import save
+        weights = {name: p.detach().cpu().contiguous() for name, p in self.state_dict().items()}
+        return {'config.json': self.config.to_json(), 'model.safetensors': save(weights, metadata={'format': 'pt'})}
+
+    @torch.no_grad()
+    def realignment(self):
+        """(W_a (C, C) or None, norm) of LatentMAS (Zou et al. 2025, arXiv 2511.20639): the next input is h W_a, made as long as input embeddings are on
+        average. W_a = (W_out' W_out + 1e-5)^-1 W_out' W_in is the identity, None, where both embeddings are one, as in Qwen3 up to 4B."""
+        embedding, head = self.model.embed_tokens.weight.float(), self.head.float()
+        matrix = None
+        if not self.config.tie_word_embeddings:
+            matrix = torch.linalg.solve(head.t() @ head + 1e-5 * torch.eye(head.size(1), device=head.device), head.t() @ embedding)
+        return matrix, embedding.norm(dim=1).mean()
+
+    @torch.no_grad()
+    def think(self, hidden, cache, steps, generators, noise, realignment=None):
+        """LatentMAS's latent thoughts: the last hidden state, noise added, realigned, is the next input, `steps` times; nothing is decoded.
+
+        hidden (B, C) at the last position, its cache, a torch.Generator (on the CPU) for each row, so that a row does not depend on the others;
+        noise(step) -> [(sigma, spread)]: normal noise of sigma x u times the row's own standard deviation, u uniform in `spread`;
+        realignment: what self.realignment() returned. Returns (inputs (B, steps, C), hidden (B, C) behind the last of them, cache)."""
+        matrix, norm = realignment or self.realignment()
+        latents = []
+        for step in range(steps):
+            h = hidden.float()
+            for sigma, (low, high) in noise(step):
+                drawn = torch.stack([torch.randn(h.size(1), generator=g) * (low + (high - low) * torch.rand((), generator=g)) for g in generators])
+                h = h + sigma * h.std(1, keepdim=True) * drawn.to(h.device)
+            h = h if matrix is None else h @ matrix
+            latents.append((norm * h / h.norm(dim=1, keepdim=True).clamp(min=1e-6)).to(hidden.dtype))
+            hidden, cache = self.model(latents[-1].unsqueeze(1), cache)
+            hidden = hidden[:, -1]
+        return torch.stack(latents, 1), hidden, cache
+
+    @torch.no_grad()
+    def speak(self, hidden, cache, draws, temperature, top_p, n_vocab, ends, stop=lambda: False):
+        """[(ids, ended?, mean log-probability of the ids, at temperature 1)] of the text that follows each row: hidden (B, C) and cache as think returns
+        them; draws (B, n) uniform in [0, 1): one for each of at most n tokens, so that a row does not depend on the others.
+
+        A token is where its draw falls in the sorted probabilities; temperature 0 = the likeliest. Ids >= n_vocab are never drawn; one of `ends`
+        ends the row and is left out. Rows that ended leave the batch when half of it is such."""
+        rows, texts, sums, ended = torch.arange(len(hidden)), [[] for _ in hidden], [0.0] * len(hidden), [False] * len(hidden)
+        for place in range(draws.size(1)):
+            if stop():
+                break
+            logits = F.linear(hidden, self.head)[:, :n_vocab].float()
+            probabilities = (logits if temperature == 0 else (logits - logits.amax(1, keepdim=True)) / temperature).softmax(1)
+            if temperature == 0:
+                chosen = probabilities.argmax(1, keepdim=True)
+            else:
+                values, order = probabilities.sort(1, descending=True)
+                sums_before = values.cumsum(1) - values
+                values = values.masked_fill((sums_before >= top_p) & (sums_before > 0), 0)  # the likeliest id always stays
+                edges = values.cumsum(1)
+                target = draws[rows, place].to(edges.device).unsqueeze(1) * edges[:, -1:]
+                chosen = order.gather(1, torch.searchsorted(edges, target, right=True).clamp(max=edges.size(1) - 1))
+            log_p = (logits.gather(1, chosen) - logits.logsumexp(1, keepdim=True)).squeeze(1).tolist()
+            for row, token, p in zip(rows.tolist(), chosen.squeeze(1).tolist(), log_p, strict=True):
+                if not ended[row]:
+                    ended[row], sums[row] = token in ends, sums[row] + p
+                    texts[row] += [] if ended[row] else [token]
+            alive = [i for i, row in enumerate(rows.tolist()) if not ended[row]]
+            if not alive:
+                break
+            if 2 * len(alive) <= len(rows):
+                index = torch.tensor(alive, device=hidden.device)
+                rows, chosen, cache = rows[alive], chosen[index], [(k[index], v[index]) for k, v in cache]
+            hidden, cache = self.model(chosen, cache)
+            hidden = hidden[:, -1]
+        return [(ids, end, total / max(1, len(ids) + end)) for ids, end, total in zip(texts, ended, sums, strict=True)]
+
+
+def read_qwen(source):
+    """(Qwen3Config, state dict of Qwen3 in float32) of `source`, see Qwen3.from_pretrained. Every name and shape is checked."""
+    folder = find_model(source)
+    try:
+        if not os.path.isdir(folder):
+            raise ValueError('expected a folder with config.json and model.safetensors')
+        config = Qwen3Config.from_json(read_whole(os.path.join(folder, 'config.json')))
+        weights = read_safetensors(folder)
+        head = weights.get('lm_head.weight')
+        if config.tie_word_embeddings and head is not None:  # the published files of tied models hold it all the same
+            if not torch.equal(head, weights.get('model.embed_tokens.weight', head[:0])):
+                raise ValueError('tie_word_embeddings is true, but its lm_head.weight differs from model.embed_tokens.weight')
+            del weights['lm_head.weight']
+        with torch.device('meta'):
+            expected = {name: p.shape for name, p in Qwen3(config).state_dict().items()}
+        for name in sorted(expected.keys() | weights.keys()):
+            if name not in weights or name not in expected or weights[name].shape != expected[name] or not weights[name].is_floating_point():
+                raise ValueError(f'{name} is ' + (f'{weights[name].dtype} {tuple(weights[name].shape)}' if name in weights else 'missing') +
+                                 (f', expected {tuple(expected[name])}' if name in expected else ', no weight of this model'))
+        return config, {name: tensor.float() for name, tensor in weights.items()}
+    except FileNotFoundError as error:
+        raise ValueError(f'{folder} lacks {os.path.basename(error.filename or str(error))}') from error
+    except (ValueError, RuntimeError, TypeError, OSError) as error:  # what hostile files provoke
+        raise ValueError(f'{folder}: {" ".join(str(error).split())[:300]}') from error
+
+
+# Qwen3's tokenizer: byte-level BPE whose merges are ranked as the ids are, so that tiktoken needs nothing but the vocabulary, and 26 added tokens.
+QWEN_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+QWEN_ADDED = ('<|endoftext|>', '<|im_start|>', '<|im_end|>', '<|object_ref_start|>', '<|object_ref_end|>', '<|box_start|>', '<|box_end|>', '<|quad_start|>',
+              '<|quad_end|>', '<|vision_start|>', '<|vision_end|>', '<|vision_pad|>', '<|image_pad|>', '<|video_pad|>', '<tool_call>', '</tool_call>',
+              '<|fim_prefix|>', '<|fim_middle|>', '<|fim_suffix|>', '<|fim_pad|>', '<|repo_name|>', '<|file_sep|>', '<tool_response>', '</tool_response>',
+              '<think>', '</think>')
+QWEN_NEEDED = ('<|endoftext|>', '<|im_start|>', '<|im_end|>', '<think>', '</think>')
+TOKENIZER_FILES = ('tokenizer.json', 'vocab.json', 'qwen.tiktoken')
+
+
+def byte_letters():
+    """{byte: the character that stands for it in a vocabulary}: printable ones for themselves, the others for 256, 257, ... (GPT-2's way)."""
+    printable_bytes = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable_bytes]
+    return {**{b: chr(b) for b in printable_bytes}, **{b: chr(256 + i) for i, b in enumerate(others)}}
+
+
+class QwenTokenizer:
+    """encode(text) -> ids of ordinary text, whatever it spells; chat(messages) -> ids of a prompt; decode(ids) -> text."""
+
+    def __init__(self, ranks, added, name='qwen'):
+        """ranks: {bytes: id} with the ids from 0 on; added: {text: id}. ValueError if they do not make a tokenizer."""
+        import tiktoken
+        ids = [*ranks.values(), *added.values()]
+        if any(type(i) is not int for i in ids) or sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([b]) not in ranks for b in range(256)):
+            raise ValueError('its vocabulary does not number all bytes and their merges from 0 on')
+        if not all(isinstance(text, str) and text for text in added) or len(set(ids)) < len(ids) or not all(len(ranks) <= i < 2 ** 24 for i in added.values()):
+            raise ValueError('its added tokens do not have ids of their own behind the vocabulary')
+        if lacking := [text for text in QWEN_NEEDED if text not in added]:
+            raise ValueError(f'it lacks the added token {lacking[0]}')
+        self.encoding = tiktoken.Encoding(name, pat_str=QWEN_PATTERN, mergeable_ranks=ranks, special_tokens=added)
+        self.added, self.n_vocab = dict(added), max(ids) + 1
+        self.known = set(ids)
+        self.eot, self.im_start, self.im_end, self.think_start, self.think_end = (added[text] for text in QWEN_NEEDED)
+        self.ends = {self.eot, self.im_end}  # either ends an answer
+
+    @classmethod
+    def from_pretrained(cls, source):
+        """That of a folder, or name of the hub, with tokenizer.json, or vocab.json (and merges.txt), or qwen.tiktoken. OSError, ValueError."""
+        folder = find_model(source)
+        names = [name for name in TOKENIZER_FILES if os.path.isfile(os.path.join(folder, name))]
+        if not names:
+            raise ValueError(f'{folder} holds no tokenizer: {", ".join(TOKENIZER_FILES)}')
+        path = os.path.join(folder, names[0])
+        try:
+            return cls(*(read_tiktoken(path) if path.endswith('.tiktoken') else read_vocabulary(path)))
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OverflowError) as error:  # what hostile files provoke
+            raise ValueError(f'{path}: {" ".join(str(error).split())[:200]}') from error
+
+    def encode(self, text):
+        """No text can spell a special token: <|im_end|> in a question is eight ordinary ones."""
+        return self.encoding.encode_ordinary(unicodedata.normalize('NFC', text))
+
+    def decode(self, ids):
+        """Text with special tokens as they are spelled; ids that are none (the padding of the vocabulary) are left out."""
+        return self.encoding.decode([i for i in ids if i in self.known], errors='replace')
+
+    def chat(self, messages, thinking=True, generate=True):
+        """Ids of [{'role': system | user | assistant, 'content': text}] as Qwen3's template renders them, with the beginning of an answer
+        behind (generate). thinking=False: the answer begins with an empty thought. Earlier answers lose their thoughts."""
+        ids, last_question = [], max((i for i, m in enumerate(messages) if m['role'] == 'user'), default=len(messages) - 1)
+        for i, message in enumerate(messages):
+            role, content, thought = message['role'], message['content'], ''
+            if role not in ('system', 'user', 'assistant'):
+                raise ValueError(f'role {role!r}: expected system, user or assistant')
+            ids.append(self.im_start)
+            if role == 'assistant' and '</think>' in content:
+                thought = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].strip('\n')
+                content = content.split('</think>')[-1].lstrip('\n')
+            if role == 'assistant' and i > last_question and (i == len(messages) - 1 or thought):
+                ids += [*self.encode('assistant\n'), self.think_start, *self.encode(f'\n{thought}\n'), self.think_end]
+                ids += self.encode('\n\n' + content.lstrip('\n'))
+            else:
+                ids += self.encode(f'{role}\n{content}')
+            ids += [self.im_end, *self.encode('\n')]
+        if generate:
+            ids += [self.im_start, *self.encode('assistant\n')]
+            ids += [] if thinking else [self.think_start, *self.encode('\n\n'), self.think_end, *self.encode('\n\n')]
+        return ids
+
+
+def read_vocabulary(path):
+    """({bytes: id}, {text: id}) of a tokenizer.json, or of a vocab.json with the merges.txt beside it, if there is one."""
+    content = read_whole(path)
+    if os.path.basename(path) == 'tokenizer.json':
+        return vocabulary_of(content)
+    merges_path, merges = os.path.join(os.path.dirname(path), 'merges.txt'), []
+    if os.path.exists(merges_path):
+        with open(merges_path, encoding='utf-8') as file:
+            merges = [line.split(' ') for line in file.read().split('\n') if line and not line.startswith('#version')]
+    ranks = ranked({text: i for text, i in content.items() if text not in QWEN_ADDED}, merges)
+    return ranks, {text: len(ranks) + i for i, text in enumerate(QWEN_ADDED)}
+
+
+def vocabulary_of(content):
+    """The same of what a tokenizer.json holds."""
+    model, steps = content['model'], content['pre_tokenizer']
+    steps = steps.get('pretokenizers', [steps])
+    kinds = [model.get('type', 'BPE'), content.get('normalizer'), *(step.get('type') for step in steps)]
+    if kinds != ['BPE', {'type': 'NFC'}, 'Split', 'ByteLevel'] or steps[0]['pattern'] != {'Regex': QWEN_PATTERN} or steps[1].get('use_regex', True):
+        raise ValueError("it does not split text as Qwen's does")
+    added = {token['content']: token['id'] for token in content['added_tokens']}
+    merges = [merge.split(' ') if isinstance(merge, str) else merge for merge in model['merges']]
+    return ranked({text: i for text, i in model['vocab'].items() if text not in added}, merges), added
+
+
+def ranked(vocabulary, merges):
+    """{bytes: id} of a vocabulary in letters (see byte_letters), whose ids must number its merges in order."""
+    bytes_of = {letter: byte for byte, letter in byte_letters().items()}
+    if merges and [vocabulary.get(a + b) for a, b in merges] != list(range(256, len(vocabulary))):
+        raise ValueError('its merges are not ranked as its ids are')
+    return {bytes(bytes_of[letter] for letter in text): i for text, i in vocabulary.items()}
+
+
+def read_tiktoken(path):
+    """({bytes: id}, {text: id}) of a qwen.tiktoken: lines of a token in base64 and its id."""
+    with open(path, 'rb') as file:
+        pairs = [line.split() for line in file.read().splitlines() if line]
+    ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+    return ranks, {text: len(ranks) + i for i, text in enumerate(QWEN_ADDED)}
+
+
+def canonical(answer):
+    """An answer as it is compared: of numbers the shortest spelling ($1,080.00, 1080 dollars and 1080% are 1080; \\frac{1}{2} and 2/4 are 0.5), of
+    other texts the words in small letters. '' stays ''."""
+    text = re.sub(r'\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}', r' \1 ', answer.strip()[:200])
+    text = re.sub(r'\\[!,;: ]|\\left|\\right|\{,\}', lambda m: ',' if m[0] == '{,}' else '', text).replace('\u2212', '-').strip(' \n\t*$').rstrip(' .\n\t*$')
+    simple = re.sub(r'\\?[$%€£]|\^\{?\\circ\}?', '', text)
+    simple = re.sub(r'(?<=\d)\s*[a-z][a-z .]*$', '', simple.split('=')[-1], flags=re.IGNORECASE).strip().rstrip(' .')  # a unit behind the number
+    simple = re.sub(r'^(-?)\s*\\[dt]?frac\{(\d+)\}\{(\d+)\}$', r'\1\2/\3', simple)
+    number = re.fullmatch(r'([+-]?)\s*((?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?|\d+\.)(?:\s*/\s*(\d+))?', simple)
+    if not number or not number[2] or number[3] and not int(number[3]):
+        return ' '.join(text.lower().split())
+    value = Fraction(number[2].replace(',', '').rstrip('.')) / int(number[3] or 1) * (-1 if number[1] == '-' else 1)
+    rest = value.denominator
+    for prime in (2, 5):
+        while rest % prime == 0:
+            rest //= prime
+    if rest > 1:  # no end of decimals
+        return f'{value.numerator}/{value.denominator}'
+    with localcontext() as context:
+        context.prec = 1000
+        return f'{(Decimal(value.numerator) / Decimal(value.denominator)).normalize():f}'
+
+
+def answer_of(text):
+    """The answer in a model's text or in a solution of GSM8K, as canonical leaves it: the last \\boxed{...}, else what follows the last ####, else the
+    last number. '' if there is none. What stands before </think> is no answer."""
+    text = text.split('</think>')[-1]
+    begin = text.rfind('\\boxed{')
+    if begin >= 0:
+        depth = 1
+        for end in range(begin + 7, len(text)):
+            depth += (text[end] == '{') - (text[end] == '}')
+            if not depth:
+                return canonical(text[begin + 7:end])
+    if '####' in text:
+        return canonical(text.split('####')[-1].strip().split('\n')[0])
+    numbers = re.findall(r'(?:(?<![\w.)])[-\u2212])?\$?(?:(?:\d{1,3}(?:,\d{3})+(?![\d,]*\d)|\d+)(?:\.\d+)?|\.\d+)(?:/\d+)?', text)
+    return canonical(numbers[-1]) if numbers else ''
+
+
+POOLINGS = ('mean', 'last', 'max')
+
+
+class QwenLatentPRM(nn.Module):
+    """A process reward model: Qwen3's layers read a path of latent thoughts, a linear head scores it.
+
+    forward(latents (B, L, C), mask (B, L), question_ids=None (B, T), question_mask=None) -> logits (B,); a mask is nonzero, of any type, where
+    something stands, wherever that is. With question_context the embedded question, which the latents followed, stands in front of them. Its
+    embedding table is that of the published model and stays as it is: the latents are points in its space. Without, there is no table."""
+
+    def __init__(self, model_path, pooling_strategy='mean', dropout_prob=0.1, question_context=False):
+        super().__init__()
+        if pooling_strategy not in POOLINGS:
+            raise ValueError(f'pooling_strategy {pooling_strategy!r}: expected one of {", ".join(POOLINGS)}')
+        self.config, weights = read_qwen(model_path)
+        self.hidden_size, self.pooling_strategy, self.question_context = self.config.hidden_size, pooling_strategy, bool(question_context)
+        with torch.device('meta'):
+            self.model = Qwen3Stack(self.config, embedding=self.question_context)
+        kept = self.model.state_dict().keys()
+        self.model.load_state_dict({name: tensor for name, tensor in ((n.removeprefix('model.'), t) for n, t in weights.items()) if name in kept}, assign=True)
+        if self.question_context:
+            self.model.embed_tokens.weight.requires_grad_(False)
+        self.dropout, self.score = nn.Dropout(dropout_prob), nn.Linear(self.hidden_size, 1)
+        nn.init.normal_(self.score.weight, std=0.02)
+        nn.init.zeros_(self.score.bias)
+        self.register_buffer('pooling', torch.tensor(POOLINGS.index(pooling_strategy)))  # in the state dict: weights must not be used in another way
+        self.register_buffer('context', torch.tensor(int(self.question_context)))
+
+    def load_state_dict(self, state_dict, strict=True, assign=False):
+        """As nn.Module's; ValueError if the weights were trained with another pooling, with or without the question, or of another model."""
+        for name, described in (('pooling', POOLINGS), ('context', ('latents alone', 'question and latents'))):
+            stored, own = state_dict.get(name), int(getattr(self, name))
+            if not torch.is_tensor(stored) or stored.numel() != 1 or not 0 <= int(stored) < len(described):
+                raise ValueError(f'these weights do not tell their {name}: they are not those of a QwenLatentPRM')
+            if int(stored) != own:
+                words = 'pooling_strategy' if name == 'pooling' else 'question_context'
+                value = repr(POOLINGS[int(stored)]) if name == 'pooling' else bool(stored)
+                raise ValueError(f'these weights were trained on {described[int(stored)]}, this model is made for {described[own]}: '
+                                 f'QwenLatentPRM(..., {words}={value})')
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def hidden(self, latents, mask, question_ids=None, question_mask=None):
+        """(final hidden states at the latents (B, L, C), of each row in order and without gaps; which of them count (B, L); the places (B, L) in
+        latents that they come from)."""
+        device, dtype = self.score.weight.device, self.score.weight.dtype
+        latents, there = torch.as_tensor(latents).to(device, dtype), torch.as_tensor(mask).to(device) != 0
+        if latents.dim() != 3 or there.shape != latents.shape[:2]:
+            raise ValueError(f'expected latents (B, L, {self.hidden_size}) and a mask (B, L), got {tuple(latents.shape)} and {tuple(there.shape)}')
+        if latents.size(2) != self.hidden_size:
+            raise ValueError(f'the latents are {latents.size(2)} wide, the hidden size of this model is {self.hidden_size}: they are those of another model '
+                             '(Qwen3-0.6B has 1024, Qwen2.5-0.5B 896)')
+        if not there.any(1).all():
+            raise ValueError(f'row {int((~there.any(1)).nonzero()[0])} has no latents, its mask is all zero')
+        if self.question_context != (question_ids is not None):
+            raise ValueError('this model was made for ' + ('a question in front of the latents: give question_ids' if self.question_context else
+                                                          'latents alone: leave out question_ids, or make it with question_context=True'))
+        L, counts = latents.size(1), there.sum(1, keepdim=True)
+        order = (~there).long().sort(dim=1, stable=True).indices  # what is there first, padding behind it
+        x = latents.gather(1, order.unsqueeze(2).expand_as(latents))
+        valid = torch.arange(L, device=device) < counts
+        if question_ids is None:
+            return self.model(x)[0], valid, order
+        ids = torch.as_tensor(question_ids).to(device)
+        asked = torch.ones_like(ids, dtype=torch.bool) if question_mask is None else torch.as_tensor(question_mask).to(device) != 0
+        T, length = ids.size(1), asked.sum(1, keepdim=True)  # (B, 1)
+        ids = ids.gather(1, (~asked).long().sort(dim=1, stable=True).indices)
+        place = torch.arange(T + L, device=device).expand(len(ids), -1)  # of the whole row: question, latents, padding
+        behind = (place - length).clamp(0, L - 1).unsqueeze(2).expand(-1, -1, self.hidden_size)
+        words = self.model.embed_tokens(F.pad(ids, (0, L))).to(dtype)
+        whole_row = torch.where((place < length).unsqueeze(2), words, x.gather(1, behind))
+        hidden = self.model(whole_row)[0]
+        latent_places = (length + torch.arange(L, device=device)).unsqueeze(2).expand(-1, -1, self.hidden_size)
+        return hidden.gather(1, latent_places), valid, order
+
+    def forward(self, latents, mask, question_ids=None, question_mask=None):
+        hidden, valid, _ = self.hidden(latents, mask, question_ids, question_mask)
+        hidden, valid, counts = hidden.float(), valid.unsqueeze(2), valid.sum(1)
+        if self.pooling_strategy == 'mean':
+            pooled = (hidden * valid).sum(1) / counts.unsqueeze(1)
+        elif self.pooling_strategy == 'max':
+            pooled = hidden.masked_fill(~valid, -math.inf).amax(1)
+        else:
+            pooled = hidden[torch.arange(len(hidden), device=hidden.device), counts - 1]
+        return self.score(self.dropout(pooled.to(self.score.weight.dtype))).squeeze(1).float()
+
+    @torch.no_grad()
+    def predict_scores(self, latents, mask, question_ids=None, question_mask=None):
+        """(B,) in [0, 1]: how likely the path leads to a right answer. Dropout is off, whatever the mode."""
+        mode = self.training
+        scores = self.eval()(latents, mask, question_ids, question_mask).sigmoid()
+        self.train(mode)
+        return scores
+
+    @torch.no_grad()
+    def step_scores(self, latents, mask, question_ids=None, question_mask=None):
+        """(B, L): the score after every latent, that of the path up to there; 0 where the mask is zero."""
+        hidden, valid, order = self.hidden(latents, mask, question_ids, question_mask)
+        hidden = hidden.float()
+        if self.pooling_strategy == 'mean':
+            hidden = hidden.cumsum(1) / torch.arange(1, hidden.size(1) + 1, device=hidden.device).unsqueeze(1)
+        elif self.pooling_strategy == 'max':
+            hidden = hidden.cummax(1).values
+        scores = self.score(hidden.to(self.score.weight.dtype)).squeeze(2).float().sigmoid() * valid
+        return torch.zeros_like(scores).scatter(1, order, scores)
+
+
+# Paths of latent thoughts and their scores: what train_latent_prm.py learns from, and how its model is judged.
+
+NUMPY_FLOATS = [(np.float64(0).__reduce__()[0], 'numpy._core.multiarray.scalar'), (np.float64(0).__reduce__()[0], 'numpy.core.multiarray.scalar'),
+                (np.dtype, 'numpy.dtype'), type(np.dtype(np.float64))]  # how other programs store a score; numpy < 2 says numpy.core
+
+
+def open_paths(folder, max_seq_length=0, own_answers=False):
+    """(paths, questions, facts) of a folder that prepare/latent_prm.py wrote. Only paths with latents and a score count.
+
+    paths: a dict of what each has: `latents` [(L, H) as stored, the last max_seq_length, 0 = all], `target` (n,), its score, or with own_answers whether
+    its own answer is right, `correct` (n,), that in any case (unknown: a score above 0.5), `answered` (n,), is that known, `answer` [str], `question` (n,), its
+    number. questions: [dict(text, ids: its tokens or None)]. facts: files {name: [paths, CRC]}, hidden_size, left_out. Everything is checked; ValueError
+    names file and place."""
+    names = sorted(name for name in os.listdir(folder) if name.endswith('.pt')) if os.path.isdir(folder) else []
+    if not names:
+        raise ValueError(f'No .pt files found in {folder}')
+    paths = {name: [] for name in ('latents', 'target', 'correct', 'answered', 'answer', 'question')}
+    questions, number_of, seen, hidden_size, left_out, files = [], {}, {}, 0, 0, {}
+    for name in names:
+        file, crc, before, place = os.path.join(folder, name), 0, len(paths['target']), ''
+        with torch.serialization.safe_globals(NUMPY_FLOATS):
+            try:
+                stored = read_whole(file)
+            except (OSError, ValueError) as error:
+                raise ValueError(f'{file} cannot be read: {error}') from error
+        try:
+            for q, question in enumerate(stored['questions']):
+                place = f'question {q}'
+                text, ids = question['question'], question.get('question_ids')
+                if not isinstance(text, str) or ids is not None and not (torch.is_tensor(ids) and ids.dtype == torch.int64 and ids.dim() == 1 and len(ids)):
+                    raise ValueError('its question is no text, or its question_ids are no int64 tokens')
+                for p, path in enumerate(question['paths']):
+                    place = f'question {q}, path {p}'
+                    latents, score, right = path.get('latent_history'), path.get('prm_score'), path.get('is_correct')
+                    if latents is None or score is None or own_answers and right is None:
+                        left_out += 1
+                        continue
+                    if not (torch.is_tensor(latents) and latents.is_floating_point() and (latents.dim() == 2 or latents.dim() == 3 and latents.size(1) == 1)):
+                        raise ValueError('its latent_history is no tensor of (steps, 1, hidden) numbers')
+                    latents = latents.flatten(0, -2)
+                    if not latents.numel():
+                        raise ValueError('its latent_history is empty')
+                    if latents.size(1) != (hidden_size or latents.size(1)):
+                        raise ValueError(f'its latents have {latents.size(1)} numbers, those before it {hidden_size}')
+                    hidden_size = latents.size(1)
+                    if not bool(latents.isfinite().all()):
+                        raise ValueError('its latents are not all finite numbers (NaN or infinity)')
+                    score, right = float(score), None if right is None else float(right)
+                    if not 0 <= score <= 1:
+                        raise ValueError(f'its prm_score is {score}, expected 0 to 1')
+                    if right not in (None, 0.0, 1.0):
+                        raise ValueError(f'its is_correct is {right}, expected true or false')
+                    content = latents.contiguous().view(torch.uint8).numpy().tobytes()
+                    key = hashlib.sha256(f'{text}\0{path.get("path_id")}\0{path.get("agent_idx")}\0'.encode() + content).digest()
+                    if seen.setdefault(key, file) != file:
+                        raise ValueError(f'{seen[key]} holds the same path: a merge beside its parts? Move one of them away')
+                    crc = zlib.crc32(f'{text}\0{score}\0{right}\0{path.get("answer")}\0{None if ids is None else ids.tolist()}'.encode() + content, crc)
+                    if text not in number_of:
+                        number_of[text] = len(questions)
+                        questions.append(dict(text=text, ids=ids))
+                    correct = float(score > 0.5) if right is None else right
+                    latents, target = latents[-max_seq_length:] if max_seq_length else latents, right if own_answers else score
+                    for key, value in dict(latents=latents, target=target, correct=correct, answered=right is not None,
+                                           answer=str(path.get('answer') or ''), question=number_of[text]).items():
+                        paths[key].append(value)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
+            problem = f'{error}' if type(error) is ValueError else f'not in the format of prepare/latent_prm.py ({type(error).__name__}: {error})'
+            raise ValueError(': '.join(filter(None, (file, place, problem)))) from error
+        files[name] = [len(paths['target']) - before, crc]
+    paths = {name: values if name in ('latents', 'answer') else np.array(values) for name, values in paths.items()}
+    if not len(paths['target']):
+        raise ValueError(f'{folder} holds no path with latents and a score' + ', and whether its answer is right' * own_answers)
+    if len(questions) < 2:
+        raise ValueError(f'{folder} holds paths of one question only: a part of the questions is held out, so at least two are needed')
+    if paths['target'].min() == paths['target'].max():
+        raise ValueError(f'all {len(paths["target"])} scores in {folder} are {paths["target"][0]:g}: nothing can be learned (take harder or easier questions)')
+    return paths, questions, dict(files=files, hidden_size=hidden_size, left_out=left_out)
+
+
+def auc(scores, right):
+    """Probability that a right one has a higher score than a wrong one, ties count half; NaN if there are not both."""
+    right = right > 0.5
+    ordered, n = np.sort(scores), int(right.sum())
+    ranks = (np.searchsorted(ordered, scores, 'left') + np.searchsorted(ordered, scores, 'right') + 1) / 2
+    return (ranks[right].sum() - n * (n + 1) / 2) / (n * (len(right) - n)) if 0 < n < len(right) else math.nan
+
+
+def vote(answers, weights, right):
+    """Accuracy of the answer with the largest sum of weights (of several with the same sum, their mean); '' is no answer."""
+    sums = {}
+    for answer, weight, correct in zip(answers, weights, right, strict=True):
+        if answer:
+            total, count, hits = sums.get(answer, (0.0, 0, 0.0))
+            sums[answer] = total + weight, count + 1, hits + correct
+    best = max((total for total, _, _ in sums.values()), default=0.0)
+    return float(np.mean([hits / count for total, count, hits in sums.values() if total >= best - 1e-9] or [0.0]))
+
+
+def judged(scores, paths, resamples=0):
+    """What scores (n,) in 0 to 1 of these paths are worth, a dict of numbers, NaN where one is not defined. Intervals are of 95%, from so many
+    resamples of the questions.
+
+    within_auc: mean of the AUCs inside each question that has right and wrong paths: what a choice among its paths lives on. best_of_n: how often
+    the path with the highest score is right (of several, their mean). weighted_vote: see vote."""
+    order = np.argsort(paths['question'], kind='stable')
+    groups = np.split(order, np.flatnonzero(np.diff(paths['question'][order])) + 1)
+    right, chooses = paths['correct'], paths['answered'] if paths['answered'].any() else np.ones(len(scores), bool)  # paths without an answer are not chosen
+    choices = [g[chooses[g]] for g in groups if chooses[g].any()]
+    each = dict(within_auc=[auc(scores[g], right[g]) for g in groups],
+                best_of_n=[right[g][scores[g] == scores[g].max()].mean() for g in choices],
+                weighted_vote=[vote([paths['answer'][i] for i in g], scores[g], right[g]) for g in choices] if any(paths['answer']) else [math.nan])
+    bins = np.minimum((scores * 10).astype(int), 9)
+    report = dict(mse=np.mean((scores - paths['target']) ** 2), mae=np.mean(np.abs(scores - paths['target'])), brier=np.mean((scores - right) ** 2),
+                  ece=sum(abs((scores - right)[bins == b].sum()) for b in range(10)) / len(scores), auc=auc(scores, right))
+    for name, values in each.items():
+        values = np.array(values)[np.isfinite(values)]
+        report[name] = values.mean() if len(values) else math.nan
+        if resamples:
+            means = np.random.default_rng(0).choice(values, (resamples, len(values))).mean(1) if len(values) else [math.nan]
+            report[name + '_interval'] = [float(edge) for edge in np.quantile(means, [0.025, 0.975])]
+    return {name: value if isinstance(value, list) else float(value) for name, value in report.items()}
+
+
+def probe(x, y, groups, others):
+    """Scores (m,) of `others` (m, d) by logistic regression with a ridge on x (n, d), soft labels y (n,): the strength of the ridge is the best of five on a
+    fifth of the groups. Newton's method."""
+    if len(x) > 20000:
+        keep = np.random.default_rng(0).permutation(len(x))[:20000]
+        x, y, groups = x[keep], y[keep], groups[keep]
+    mean, std = x.mean(0), x.std(0) + 1e-6
+    x, others = (np.concatenate(((a - mean) / std, np.ones((len(a), 1))), 1) for a in (x, others))
+
+    def fit(x, y, ridge):
+        w = np.zeros(x.shape[1])
+        penalty = np.full(len(w), ridge * len(x))
+        penalty[-1] = 1e-6  # not of the bias
+        for _ in range(20):
+            p = 1 / (1 + np.exp(-np.clip(x @ w, -30, 30)))
+            step = np.linalg.solve((x.T * (p * (1 - p) + 1e-6)) @ x + np.diag(penalty), x.T @ (y - p) - penalty * w)
+            w += step
+            if abs(step).max() < 1e-6:
+                break
+        return w
+
+    def scores(x, w):
+        return 1 / (1 + np.exp(-np.clip(x @ w, -30, 30)))
+
+    def loss(ridge):
+        p = np.clip(scores(x[test], fit(x[~test], y[~test], ridge)), 1e-6, 1 - 1e-6)
+        return -np.mean(y[test] * np.log(p) + (1 - y[test]) * np.log(1 - p))
+
+    test, ridges = groups % 5 == 0, [1e-4, 1e-3, 1e-2, 1e-1, 1.0]
+    return scores(others, fit(x, y, min(ridges, key=loss) if 0 < test.sum() < len(test) else 1e-2))
+
+
+def word_counts(texts):
+    """(n, 256): logs of the counts of the words of each text, and of its length; words share places by their CRC."""
+    counts = np.zeros((len(texts), 257))
+    for row, text in zip(counts, texts, strict=True):
+        found = re.findall(r'\w+|[^\w\s]', text.lower())
+        np.add.at(row, [zlib.crc32(word.encode()) % 256 for word in found], 1)
+        row[256] = len(found)
+    return np.log1p(counts)
+
+
+def compared(scores, held_out, learn, questions):
+    """{scorer: judged(...)} of these scores of the held-out paths and of what they must be better than, on the same paths: a constant (whose best
+    of N is a random pick, and whose vote the majority's), a linear probe on the mean latent, one on the words of the question; and of the truth.
+    learn: the paths to learn from."""
+    constant = learn['target'].mean() if len(learn['target']) else 0.5
+    found = {'PRM': scores, 'constant': np.full(len(scores), constant), 'oracle': held_out['correct']}
+    if len(learn['target']):
+        counts = word_counts([question['text'] for question in questions])
+        means, others = (np.stack([latents.double().mean(0).numpy() for latents in part['latents']]) for part in (learn, held_out))
+        found['linear probe'] = probe(means, learn['target'], learn['question'], others)
+        found['question only'] = probe(counts[learn['question']], learn['target'], learn['question'], counts[held_out['question']])
+    return {name: judged(values, held_out, 1000) for name, values in found.items()}
+
+
+def table_lines(table):
+    """Lines of the table: scorers with all measures, then what chooses without scores."""
+    def cell(measures, name, digits=4):
+        interval = measures.get(name + '_interval')
+        text = '-' if math.isnan(measures[name]) else f'{measures[name]:.{digits}f}'
+        return text if not interval or text == '-' else f'{text} [{interval[0]:.3f}, {interval[1]:.3f}]'
+    yield f'{"":15}{"MSE":>8}{"MAE":>8}{"Brier":>8}{"ECE":>8}{"AUC":>8}  {"within-question AUC":22}{"best of N":22}{"score-weighted vote":22}'.rstrip()
+    for name in ('PRM', 'linear probe', 'question only', 'constant'):
+        if name in table:
+            numbers = ''.join(f'{cell(table[name], measure):>8}' for measure in ('mse', 'mae', 'brier', 'ece', 'auc'))
+            yield f'{name:15}{numbers}  {"".join(f"{cell(table[name], measure, 3):22}" for measure in ("within_auc", "best_of_n", "weighted_vote"))}'.rstrip()
+    chosen = {'random pick': ('constant', 'best_of_n'), 'majority vote': ('constant', 'weighted_vote'), 'oracle, pass@N': ('oracle', 'best_of_n')}
+    for name, (scorer, measure) in chosen.items():
+        yield f'{name:15}{"":64}{cell(table[scorer], measure, 3)}'
+    best, weighted, majority = table['PRM']['best_of_n'], table['PRM']['weighted_vote'], table['constant']['weighted_vote']
+    if not math.isnan(majority):
+        verdict = 'loses to' if best < majority else 'beats' if best > majority else 'equals'
+        yield f"choosing the PRM's best path {verdict} a majority vote, {best:.3f} to {majority:.3f}; a vote weighted by its scores has {weighted:.3f}"
+
+
+def padded_paths(rows, ids=None, multiple=1):
+    """(latents (b, L, C), mask (b, L), tokens of their questions (b, T), their mask), the last two None without ids: tensors (l, C) and (t,) padded
+    on the right to multiples of this."""
+    sizes = [-(-max(map(len, part)) // multiple) * multiple if part else 0 for part in (rows, ids)]
+    latents, mask = torch.zeros(len(rows), sizes[0], rows[0].size(1), dtype=torch.get_default_dtype()), torch.zeros(len(rows), sizes[0])
+    tokens, asked = (torch.zeros(len(rows), sizes[1], dtype=kind) for kind in (torch.int64, torch.float32))
+    for i, row in enumerate(rows):
+        latents[i, :len(row)], mask[i, :len(row)] = row, 1
+        if ids:
+            tokens[i, :len(ids[i])], asked[i, :len(ids[i])] = ids[i], 1
+    return (latents, mask, tokens, asked) if ids else (latents, mask, None, None)
+
+
+def sha256(path):
+    """Of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while block := file.read(2 ** 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def without_nan(value):
+    """For JSON, which has none: null."""
+    if isinstance(value, dict):
+        return {name: without_nan(element) for name, element in value.items()}
+    return [without_nan(element) for element in value] if isinstance(value, list) else None if isinstance(value, float) and not math.isfinite(value) else value

@@ -459,8 +459,9 @@ def take_snapshot(before=None):
 
 def rotate():
     """Delete what is no longer wanted, once what replaces it is on the disk. Damaged files neither count nor go."""
-    for s in [*steps_on_disk('.tmp'), 'best']:
-        remove(checkpoint_path_of(s) + '.tmp')  # of a save that was killed
+    for suffix in ('.tmp', '.gone'):  # of a save that was killed, of a folder's deletion that was
+        for s in [*steps_on_disk(suffix), 'best']:
+            remove(checkpoint_path_of(s) + suffix)
     steps = [s for s in steps_on_disk() if checkpoint_path_of(s) not in damaged]
     newest = 1 if keep == 1 and steps and read_checkpoint(checkpoint_path_of(steps[-1]))[0] else max(keep, 2)
     for s in steps[:-newest] if keep else []:

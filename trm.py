@@ -660,6 +660,25 @@ def addition_numbers(row):
     return np.where(known, digits, -1), known[:, -1] & (known[:, 1:] >= known[:, :-1]).all(1) & (known | (np.asarray(row) == 1)).all(1)
 
 
+def open_sums(folder, split):
+    """open_puzzles of a folder of sums, with the numbers a, b (n, W) of digits, the longest `carry` of each pair, and `whole`: the answers are the sums, not
+    the next state of the grid. ValueError names what is no sum."""
+    data = open_puzzles([folder], split)
+    where, W = os.path.join(folder, split), data.seq_len // 4
+    if data.vocab_size != 12 or data.seq_len != 4 * W or W > 1000:
+        raise ValueError(f'{where}: {data.seq_len} cells of {data.vocab_size} tokens are no sums: these have four rows of 1,000 cells at most and 12 tokens')
+    inputs, labels, _ = data.rows(np.arange(data.examples))
+    (data.a, a_valid), (data.b, b_valid) = addition_numbers(inputs[:, :W]), addition_numbers(inputs[:, W:2 * W])
+    carries, total, data.carry = add_columns(data.a, data.b)
+    data.whole = bool((inputs[:, 2 * W:] == 1).all())
+    wrong = ~(a_valid & b_valid) | (np.maximum(data.a[:, 0], 0) + np.maximum(data.b[:, 0], 0) + carries[:, 0] > 9)
+    if data.whole:
+        wrong |= ((labels != addition_tokens(data.a, data.b, carries, total)) & (labels != 0)).any(1) | (labels[:, 3 * W:] == 0).any(1)
+    if wrong.any():
+        raise ValueError(f'{where}: row {int(wrong.argmax())} is no sum of two numbers')
+    return data
+
+
 # ---- ARC: one answer out of the answers to all copies of a task
 PASS_AT = (1, 2, 5, 10, 100, 1000)
 

@@ -7,6 +7,7 @@
     python tests/bench.py --finetune --nanogpt=DIR            finetune_dolly.py on the rows of --dolly, beside padding random batches, beside nanoGPT
     python tests/bench.py --cases trm_small trm_official --trm=DIR      pretrain_trm.py beside a clone of SamsungSAILMontreal/TinyRecursiveModels
     python tests/bench.py --learning --trm=DIR --data_root=data/sudoku-extreme    the public model on our batches: loss and cells per step, 3 seeds each
+    python tests/bench.py --prm                               train_latent_prm.py's step beside transformers' Qwen3Model, on padded random batches
     python tests/bench.py --device=cuda --cases gpt2 --nanogpt=DIR --build_nanogpt=DIR
 
 All contestants of a case are started as users would start them, on the same random tokens, and are stopped by SIGSTOP; then
@@ -46,6 +47,7 @@ trm = ''                      # folder of a clone of SamsungSAILMontreal/TinyRec
 compile = True                # measure everyone compiled, too
 rounds = 6                    # turns of each contestant
 steps = 0                     # counted steps per turn; 0 = about three seconds' worth
+prm = False                   # measure the process reward model instead: paths per second
 finetune = False              # measure finetuning instead: response tokens per second
 dolly = 'dolly15k'            # a folder of prepare/dolly.py, of GPT-2's tokens
 learning = False              # compare losses per step instead, ours with nanoGPT's
@@ -473,6 +475,62 @@ def compare_learning():
     print('ours - nanoGPT on the same batches, last 50 steps: ' + ', '.join(f'{d:+.4f}' for d in differences))
 
 
+def measure_prm():
+    """Paths per second of a training step: ours, in batches of like length without a mask; and transformers' Qwen3Model under the same head, whose
+    random batches are padded to their longest path and masked. Both see all paths of a turn; A B A B in this process."""
+    import torch
+    from transformers import Qwen3Config, Qwen3Model
+
+    from model import QwenLatentPRM, bucketed, make_optimizers, padded_paths
+    B, accumulate, C, layers, n = 4, 4, 128, 4, 96  # paths of a micro-batch, micro-batches of a step, width, layers, paths of a turn
+    rng = np.random.default_rng(0)
+    lengths = {'mixed lengths': np.clip(rng.lognormal(math.log(60), 0.8, n), 1, 512).astype(int), 'equal lengths': np.full(n, 64)}
+    with tempfile.TemporaryDirectory() as folder:
+        from harness import make_qwen
+        make_qwen(Path(folder, 'qwen'), hidden_size=C, layers=layers)
+        config = json.loads(Path(folder, 'qwen/config.json').read_text())
+        ours = QwenLatentPRM(str(Path(folder, 'qwen')), dropout_prob=0.0).to(device)
+    theirs = torch.nn.ModuleDict(dict(model=Qwen3Model(Qwen3Config(**{name: config[name] for name in (
+        'vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads', 'num_key_value_heads', 'head_dim')})), score=torch.nn.Linear(C, 1)))
+    del theirs['model'].embed_tokens
+    theirs.to(device)
+
+    def their_logits(x, mask):
+        hidden = theirs['model'](inputs_embeds=x, attention_mask=mask.long()).last_hidden_state
+        return theirs['score']((hidden * mask.unsqueeze(2)).sum(1) / mask.sum(1, keepdim=True)).squeeze(1)
+
+    found = {}
+    for name, sizes in lengths.items():
+        paths, target = [torch.randn(size, C) for size in sizes], torch.rand(n)
+        order = rng.permutation(n)
+        contestants = {'ours': (ours, lambda x, mask: ours(x, mask), bucketed(sizes, B, 0, 0)),
+                       "transformers' Qwen3Model": (theirs, their_logits, [order[i:i + B] for i in range(0, n, B)])}
+        optimizers = {one: torch.optim.AdamW(net.parameters(), lr=1e-4, foreach=True) if one != 'ours' else make_optimizers(net, 'adamw', 1e-4, 0.01, (0.9, 0.999))[0]
+                      for one, (net, _, _) in contestants.items()}
+        times = {one: [] for one in contestants}
+        for turn in range(rounds + 1):
+            for one, (net, logits, batches) in contestants.items():
+                began = time.perf_counter()
+                for i, rows in enumerate(batches):
+                    x, mask = (t.to(device) for t in padded_paths([paths[r] for r in rows])[:2])
+                    loss = torch.nn.functional.binary_cross_entropy_with_logits(logits(x, mask), target[rows].to(device)) / accumulate
+                    loss.backward()
+                    if i % accumulate == accumulate - 1:
+                        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+                        optimizers[one].step()
+                        optimizers[one].zero_grad()
+                loss.item()
+                if turn:  # the first one warms up
+                    times[one].append(time.perf_counter() - began)
+        found[name] = statistics.median(b / a for a, b in zip(*times.values(), strict=True))
+        padding = {one: 1 - sizes.sum() / sum(len(rows) * sizes[rows].max() for rows in batches) for one, (_, _, batches) in contestants.items()}
+        print(f'\n{name}: {layers} layers, width {C}, {accumulate} x {B} paths a step, {sizes.min()} to {sizes.max()} latents, {rounds} turns of {n} paths')
+        print('| | paths/s (of each turn) | padding |\n|---|---|---|')
+        for one, seconds in times.items():
+            print(f'| {one} | {n / statistics.median(seconds):,.0f} ({", ".join(f"{n / s:,.0f}" for s in seconds)}) | {padding[one]:.0%} |')
+        print(f'ours is {found[name]:.2f} times as fast (median of the turns)', flush=True)
+
+
 if __name__ == '__main__':
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no stopped contestant stays behind
     if set(cases) - {*CASES, *TRM}:
@@ -483,6 +541,8 @@ if __name__ == '__main__':
         compare_learning()
     elif finetune:
         measure_finetuning()
+    elif prm:
+        measure_prm()
     else:
         for case in cases:
             measure(case)

@@ -12,12 +12,14 @@ script: a place to break things (a function that returns NaN, an os.replace that
 """
 import atexit
 import gc
+import hashlib
 import itertools
 import json
 import os
 import random
 import re
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -38,7 +40,8 @@ KILL_AT = """
 import atexit, builtins, os, signal
 operations = []
 def tick(kind, path):
-    operations.append(kind + ':' + os.path.basename(path))
+    folder, name = os.path.split(path)
+    operations.append(kind + ':' + (os.path.basename(folder) + '/' + name if folder.endswith('.tmp') else name))
     if len(operations) == {n}:
         os.kill(os.getpid(), signal.SIGKILL)
 def before(kind, function):
@@ -180,9 +183,48 @@ def losses(run):
     return [float(x) for x in re.findall(r'\| loss ([\d.]+)', run.out)]
 
 
+# What train_latent_prm.py's checkpoints, which are folders, have in each file; the rest is in training_state.json, with the SHA-256 of these.
+PARTS = {'pytorch_model.bin': 'model', 'optimizer.pt': 'optimizer', 'scheduler.pt': ('lr', 'scaler', 'train_loader_state', 'ranks'), 'config.json': 'shape'}
+
+
 def load(path):
+    """All that a checkpoint holds, a file or a folder, as one dict."""
     import torch
-    return torch.load(path, weights_only=True, map_location='cpu')
+    if not os.path.isdir(path):
+        return json.loads(Path(path).read_text()) if str(path).endswith('.json') else torch.load(path, weights_only=True, map_location='cpu')
+    content = load(Path(path, 'training_state.json'))
+    sums = content.pop('sha256')
+    for name, keys in PARTS.items():
+        assert hashlib.sha256(Path(path, name).read_bytes()).hexdigest() == sums[name], f'{path}: {name}'
+        found = load(Path(path, name))
+        content.update({key: found[key] for key in keys} if isinstance(keys, tuple) else {keys: found})
+    assert load(Path(path, 'scheduler.pt'))['step'] == content['step'] and len(os.listdir(path)) == len(PARTS) + 1
+    return content
+
+
+def store(content, path):
+    """Write what load returned, as that kind of checkpoint."""
+    import torch
+    if 'shape' not in content:
+        return torch.save(content, path)
+    drop(path)
+    os.mkdir(path)
+    content, sums = dict(content), {}
+    for name, keys in PARTS.items():
+        part = {key: content.pop(key) for key in keys} if isinstance(keys, tuple) else content.pop(keys)
+        part = dict(part, step=content['step']) if isinstance(keys, tuple) else part
+        Path(path, name).write_text(json.dumps(part)) if name.endswith('.json') else torch.save(part, Path(path, name))
+        sums[name] = hashlib.sha256(Path(path, name).read_bytes()).hexdigest()
+    Path(path, 'training_state.json').write_text(json.dumps(dict(content, sha256=sums)))
+
+
+def drop(path):
+    """Delete a checkpoint, file or folder, if it is there."""
+    shutil.rmtree(path) if os.path.isdir(path) else Path(path).unlink(missing_ok=True)
+
+
+def copy(source, target):
+    shutil.copytree(source, target) if os.path.isdir(source) else shutil.copy(source, target)
 
 
 def differences(a, b, ignore=(), where=''):
@@ -284,6 +326,46 @@ def make_addition_data(folder, problems=100, tests=6, columns=3, seed=0):
             pad_id=0, ignore_label_id=0, blank_identifier_id=0, vocab_size=12, seq_len=4 * columns, num_puzzle_identifiers=1, total_groups=n,
             mean_puzzle_examples=1.0, total_puzzles=n, sets=['all'])))
     (folder / 'identifiers.json').write_text('["<blank>"]')
+    return folder
+
+
+def make_qwen(folder, hidden_size=16, layers=1, vocab_size=64, seed=0):
+    """A folder with a random Qwen3 in the published format."""
+    import torch
+
+    from model import Qwen3, Qwen3Config, write_whole
+    rng_state = torch.get_rng_state()
+    torch.manual_seed(seed)
+    config = Qwen3Config(vocab_size, hidden_size, 2 * hidden_size, layers, 2, 1, 8, 512, 1e-6, 1e6, True)
+    write_whole(str(folder), Qwen3(config).files())
+    torch.set_rng_state(rng_state)
+    return folder
+
+
+def make_paths(folder, questions=20, paths=4, hidden_size=16, seed=0, files=2, signal=2.0, longest=6, ids=True):
+    """A folder of paths as prepare/latent_prm.py writes them: a path is right if its latents lean to one direction. The first number of a path's first
+    latent tells it from all others."""
+    import torch
+    folder.mkdir(parents=True, exist_ok=True)
+    generator, number = torch.Generator().manual_seed(seed), 0
+    direction = torch.randn(hidden_size, generator=generator)
+    for f in range(files):
+        stored = []
+        for q in range(f * questions // files, (f + 1) * questions // files):
+            found = []
+            for p in range(paths):
+                number += 1
+                steps = int(torch.randint(1, longest + 1, (), generator=generator))
+                right = bool(torch.rand((), generator=generator) < 0.5)
+                latents = torch.randn(steps, 1, hidden_size, generator=generator) + signal * (2 * right - 1) * direction / direction.norm()
+                latents[0, 0, 0] = number / 64  # exact in bfloat16, too, up to 256
+                found.append(dict(path_id=p, agent_name='solver', agent_idx=0, parent_path_id=None, child_path_ids=[], latent_history=latents, num_latent_steps=steps,
+                                  prm_score=float(right), is_correct=right, answer=str(q if right else -p), text='', score=0.0))
+            stored.append(dict(question_id=f'q_{q}', question=f'What is {q} plus nothing?', gold_answer=str(q), final_answer='', is_correct=False, paths=found,
+                               question_ids=torch.randint(0, 64, (3 + q % 4,), generator=generator)))
+            if not ids:
+                del stored[-1]['question_ids']
+        torch.save(dict(batch_name='x', model='x', hidden_size=hidden_size, num_questions=len(stored), questions=stored), folder / f'x_{f:05d}.pt')
     return folder
 
 

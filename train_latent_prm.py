@@ -1,0 +1,880 @@
+"""A process reward model on latent thoughts: Qwen3 reads the hidden states in which another copy of it has thought, and learns how likely the answer is right.
+
+What to expect: README.md has the measured table (model, paths, hardware, within-question AUC, best of N beside majority vote, time).
+
+Laptop CPU, no download (a tiny Qwen3 that adds numbers, five minutes):
+    python prepare/tiny_qwen.py
+    python prepare/latent_prm.py --task=arithmetic --model_path=data/tiny_qwen --max_samples=1000 --max_new_tokens=16
+    python train_latent_prm.py --preset=tiny
+One GPU (16 GB for short latents, see README.md):
+    python prepare/latent_prm.py
+    python train_latent_prm.py
+    python train_latent_prm.py NUM_EPOCHS=5 BATCH_SIZE=4 LEARNING_RATE=2e-5 GRADIENT_ACCUMULATION_STEPS=4 SAVE_STEPS=100 LOGGING_STEPS=10
+Four GPUs (the effective batch, batch_size x gradient_accumulation_steps, stays the same):
+    torchrun --standalone --nproc_per_node=4 train_latent_prm.py
+Two nodes (on the second one --node_rank=1; both must see checkpoints/):
+    torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=192.168.1.1 --master_port=29500 train_latent_prm.py --output_dir=checkpoints/x
+Interrupted, by whatever and at whatever moment:
+    python train_latent_prm.py --auto_resume          (the newest run; or name it: --output_dir=checkpoints/x)
+Judge a checkpoint, or let it choose among several paths of a question:
+    python train_latent_prm.py --eval_only --checkpoint_path=checkpoints/x/best
+    python train_latent_prm.py --ask="What is 17 plus 25?"
+"""
+import glob
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from configurator import configure, fail, master, nearby, print0
+from model import PEAK_FLOPS, Qwen3Config, QwenLatentPRM, bucketed, compared, find_model, judged, open_paths, padded_paths, printable, table_lines
+from model import generator_states, on_cpu, read_whole, remove, seed_generators, set_generator_states, sha256, total_norm, without_nan, write_whole
+from model import load_optimizer_state, make_optimizers, optimizer_state
+
+# ---- settings ------------------------------------------------------------------------------------------------------
+# i/o
+output_dir = ''                  # folder of this run: checkpoints, training.log, config.py; '' = checkpoints/qwen_prm_ and the time, to go on the newest
+run_name = ''                    # a name for wandb; does not change the folder
+save_config = True               # write config.py, the settings file that repeats this run
+# data
+data_dir = 'prm_data'            # folder of .pt files with paths (see prepare/latent_prm.py)
+num_workers = 2                  # batches that a background thread prepares ahead; 0 = none
+batch_size = 4                   # paths per micro-batch
+gradient_accumulation_steps = 4  # micro-batches per optimizer step, over all ranks: more ranks take fewer each
+max_seq_length = 512             # latents of a path that are used, the last ones; 0 = all
+use_prm_score = True             # learn the mean over all answers below a path; False = whether its own answer is right
+val_size = 0.1                   # share of the questions that is held out, with all its paths; 0 = none; 1 = all, for --eval_only
+# model
+preset = 'qwen'                  # qwen | tiny; tiny fills in what goes with the model of prepare/tiny_qwen.py, for a laptop
+model_path = 'Qwen/Qwen3-0.6B'   # published weights to begin with: a folder, or a name of the Hugging Face hub
+pooling_strategy = 'mean'        # mean | last | max; how the latents' hidden states become one
+dropout_prob = 0.1               # of the pooled state, probability; 0 = off
+question_context = False         # put the question in front of the latents: better, but then predict_scores needs its tokens
+grad_checkpoint = False          # compute activations again in the backward pass: less memory, a third more time
+# optimization
+num_epochs = 5                   # times that every path is seen; unless max_steps says how long
+max_steps = -1                   # optimizer steps in all; 0 = only the validation of the start; -1 = from num_epochs
+loss = 'bce'                     # bce | mse | rank; cross-entropy on soft scores; squared error; bce and the order of a question's paths
+learning_rate = 2e-5             # peak learning rate; 1e-5 to 5e-5 for all parameters of Qwen3-0.6B
+min_lr = 0.0                     # final learning rate; 0 = nothing
+warmup_ratio = 0.1               # share of the steps with linear warmup; 0 = none
+lr_scheduler = 'cosine'          # cosine | cosine_with_restarts | constant
+lr_restarts = 3                  # restarts of cosine_with_restarts, 3 = four equal cycles; 0 = none
+weight_decay = 0.01              # on matrices, not on norms; 0 = none
+beta1 = 0.9                      # AdamW; 0 = off
+beta2 = 0.999                    # AdamW; 0 = off
+max_grad_norm = 1.0              # largest gradient norm; 0 = no clipping
+# evaluation
+val_steps = 100                  # steps between validations; -1 = only at the end of each epoch, where there is one in any case
+best_metric = 'auto'             # auto | within_auc | auc | best_of_n | val_loss | train_loss; what best/ is best at; auto = the first that is defined
+eval_only = False                # print the table of a checkpoint on the held-out questions, write eval.json, exit
+ask = ''                         # answer this question: think num_paths times, score the paths, choose, exit
+num_paths = 20                   # paths of --ask
+# checkpoint
+save_steps = 100                 # steps between checkpoints; -1 = only at the end (and epoch_N, best and final)
+save_total_limit = 0             # newest checkpoint-N to keep; 0 = all
+permanent_checkpoints = []       # steps that are saved and kept whatever the two above say
+auto_resume = False              # continue from the newest readable checkpoint in the run's folder, if there is one
+resume = False                   # continue from checkpoint_path; without one the same as auto_resume
+checkpoint_path = ''             # a checkpoint for --resume, --eval_only or --ask
+# logging
+logging_steps = 10               # steps between log lines
+log_level = 'INFO'               # INFO | DEBUG; DEBUG adds loss and time of every micro-step
+wandb_log = False                # log to Weights & Biases too
+wandb_project = 'latent_prm'     # its project
+# system
+device = 'cuda'                  # cpu, cuda, cuda:1, mps; '' = cuda, then mps, then cpu
+mixed_precision = True           # on a GPU: bfloat16 by autocast (float16 where it has none), weights stay float32
+compile = False                  # torch.compile; DISABLE_COMPILE=1 in the environment switches it off
+deterministic = False            # deterministic kernels on the GPU (the CPU's are)
+seed = 42                        # of the split, data order and dropout; 0 = a seed like any other
+
+# ---- command line --------------------------------------------------------------------------------------------------
+config = configure(globals(), aliases={
+    'log_dir': 'output_dir', 'data_root': 'data_dir', 'grad_accumulation_steps': 'gradient_accumulation_steps', 'max_lr': 'learning_rate',
+    'lr': 'learning_rate', 'grad_clip': 'max_grad_norm', 'eval_interval': 'val_steps', 'checkpoint_interval': 'save_steps',
+    'keep_last_n_checkpoints': 'save_total_limit', 'log_interval': 'logging_steps', 'dropout': 'dropout_prob'})
+
+# ---- run folder ----------------------------------------------------------------------------------------------------
+typed_now = set(config.given)  # a resume adds what was typed when the run began
+FILES = ('pytorch_model.bin', 'optimizer.pt', 'scheduler.pt', 'config.json')  # of a checkpoint, beside training_state.json
+
+def step_of(path):
+    """The step of the checkpoint in a folder, without reading all of it; -1 if there is none."""
+    try:
+        return int(read_whole(os.path.join(path, 'training_state.json'))['step'])
+    except (OSError, ValueError, TypeError, KeyError):
+        return -1
+
+def folders(pattern):
+    """{path: step} of the checkpoints in run_dir whose names fit."""
+    found = glob.glob(os.path.join(glob.escape(run_dir), '*'))
+    steps = {path: step_of(path) for path in found if re.fullmatch(pattern, os.path.basename(path))}
+    return {path: step for path, step in steps.items() if step >= 0}
+
+read_only = eval_only or ask != ''       # these modes read a checkpoint and start no run
+lenient = False                          # True: a typed checkpoint that cannot be read is a warning, not the end
+runs = [os.path.dirname(os.path.dirname(path)) for path in glob.glob(os.path.join('checkpoints', 'qwen_prm_*', '*', 'training_state.json'))]
+going_on = output_dir == '' and (auto_resume or resume or read_only) and not checkpoint_path and runs
+run_dir = output_dir or (max(runs, key=os.path.getmtime) if going_on else os.path.join('checkpoints', 'qwen_prm_' + time.strftime('%Y%m%d_%H%M%S')))
+run_dir_typed, log_name = 'output_dir' in typed_now, 'training.log'
+
+def checkpoint_path_of(step):
+    return os.path.join(run_dir, 'best' if step == 'best' else f'checkpoint-{step}')
+
+def checkpoint_of(path):  # one dict, whatever the files; ValueError if it is damaged
+    if not os.path.isdir(path):
+        return read_whole(path)
+    if not os.path.exists(os.path.join(path, 'training_state.json')):
+        if not os.path.exists(os.path.join(path, 'pytorch_model.bin')):
+            raise ValueError('a folder without training_state.json and pytorch_model.bin')
+        return {'model': read_whole(os.path.join(path, 'pytorch_model.bin'))}
+    state, files = read_whole(os.path.join(path, 'training_state.json')), [os.path.join(path, name) for name in FILES]
+    for name, file in zip(FILES, files, strict=True):
+        if not os.path.exists(file) or sha256(file) != state['sha256'][name]:
+            raise ValueError(f'its {name} is missing or not the one that training_state.json names by its SHA-256')
+    model, optimizer, scheduler, shape = map(read_whole, files)
+    if not isinstance(scheduler, dict) or not isinstance(optimizer, dict):
+        raise ValueError('its scheduler.pt or optimizer.pt holds something else')
+    state = {name: math.inf if value is None else value for name, value in state.items()}  # JSON has no infinity
+    return dict(state, model=model, optimizer=optimizer, shape=shape, **{name: scheduler[name] for name in ('ranks', 'scaler', 'train_loader_state')})
+
+if eval_only and ask:
+    fail('--eval_only and --ask are launches of their own: give one')
+elsewhere, unreadable = folders(r'epoch_\d+|final'), []
+furthest = max(folders(r'checkpoint-\d+').values(), default=-1)
+if not checkpoint_path and ask and os.path.isdir(checkpoint_path_of('best')):
+    checkpoint_path = checkpoint_path_of('best')
+elif not checkpoint_path and (auto_resume or resume or read_only):
+    for path in sorted(elsewhere, key=lambda path: -elsewhere[path]):  # an epoch's checkpoint may be further than every checkpoint-N
+        try:
+            if elsewhere[path] > furthest and checkpoint_of(path):
+                checkpoint_path = path
+                break
+        except (ValueError, OSError, KeyError, TypeError) as error:
+            unreadable.append(path)
+            print0(f'WARNING: {path} cannot be read as a checkpoint ({error})')
+elif elsewhere and furthest < 0 and not (auto_resume or resume or read_only):
+    fail(f'{run_dir} already holds a run ({os.path.basename(min(elsewhere))}): add --auto_resume to continue it, or choose another folder for a new one')
+
+# ---- stored run (=) ------------------------------------------------------------------------------------------------
+# Which checkpoint this launch reads, if any. What was typed when that run began counts as typed again, unless anew.
+def steps_on_disk(suffix=''):
+    """Steps of the checkpoints in run_dir, ascending. Only names that checkpoint_path_of itself writes are ours."""
+    names = set(os.listdir(run_dir)) if os.path.isdir(run_dir) else set()
+    steps = {int(digits) for name in names for digits in re.findall('[0-9]{1,18}', name)}
+    return sorted(s for s in steps if os.path.basename(checkpoint_path_of(s)) + suffix in names)
+
+def read_checkpoint(path):
+    """(checkpoint, '') or (None, what is wrong). A file of weights alone comes back as {'model': weights}."""
+    try:
+        found = checkpoint_of(path if os.path.exists(path) or not os.path.isdir(path + '.old') else path + '.old')  # see write_whole
+        if not isinstance(found, dict) or not isinstance(found.get('model', found), dict):
+            raise ValueError('it holds no weights')
+        found = found if 'model' in found else {'model': found}
+        if 'step' in found and not (type(found['step']) is type(found['log_bytes']) is int and found['step'] >= 0 and type(found['ranks']) is list
+                                    and type(found['config']) is type(found['given']) is dict):
+            raise ValueError('its entries are not those of a checkpoint')
+        return found, ''
+    except FileNotFoundError:
+        return None, 'does not exist' + nearby(path)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        return None, f'cannot be read as a checkpoint ({error})'
+
+checkpoint, checkpoint_file, damaged = None, '', set()
+reading = resume or auto_resume or read_only
+if checkpoint_path and not reading:
+    fail(f'--checkpoint_path={checkpoint_path} does nothing by itself: add --resume to continue from it')
+for path in [checkpoint_path] if checkpoint_path else [checkpoint_path_of(s) for s in reversed(steps_on_disk())] if reading else []:
+    checkpoint, problem = read_checkpoint(path)
+    if checkpoint and 'step' not in checkpoint and not checkpoint_path and not read_only:
+        checkpoint, problem = None, 'holds weights only'
+    if checkpoint:
+        checkpoint_file = path
+        break
+    if checkpoint_path and not lenient:
+        fail(f'{path} {problem}')
+    damaged.add(path)
+    print0(f'WARNING: {path} {problem}; it is left as it is')
+resumed = checkpoint is not None and 'step' in checkpoint and not read_only
+if read_only and not checkpoint:
+    fail(f'no readable checkpoint in {run_dir}: name one with --checkpoint_path{nearby(checkpoint_path_of(0))}')
+if resumed and checkpoint_path and not run_dir_typed:
+    run_dir = os.path.dirname(os.path.normpath(checkpoint_path)) or '.'
+elif not (resumed or read_only or (auto_resume or resume) and not checkpoint_path) and steps_on_disk():
+    fail(f'{run_dir} already holds a run ({os.path.basename(checkpoint_path_of(steps_on_disk()[-1]))}): add --auto_resume to continue it, '
+         'or choose another folder for a new one')
+if checkpoint and 'step' in checkpoint:
+    config.restore(checkpoint['given'], checkpoint_file)
+elif checkpoint:
+    print0(f'WARNING: {checkpoint_file} holds weights only: they are used, optimizer and step start anew')
+
+# ---- derived -------------------------------------------------------------------------------------------------------
+config.assign('output_dir', run_dir)
+config.fill({
+    'tiny': dict(model_path='data/tiny_qwen', num_epochs=3, batch_size=64, gradient_accumulation_steps=1, learning_rate=1e-3, dropout_prob=0.0,
+                 question_context=True, val_steps=-1),
+    'qwen': {},
+}[preset])
+save_every, keep, permanent = save_steps, save_total_limit, permanent_checkpoints
+peak_lr, floor_lr, clip = learning_rate, min_lr, max_grad_norm
+schedule, cycles, objective = lr_scheduler, lr_restarts + 1, loss
+shape = ('pooling_strategy', 'question_context', 'batch_size', 'gradient_accumulation_steps', 'val_size')  # settings that a resumed run cannot change
+data_parallel = True  # False: the script sums the gradients itself, without DistributedDataParallel
+rank_state, load_rank_state = lambda: {}, lambda stored: None  # what each rank alone knows beside its generators: nothing here
+# best_score: of best/, the smaller the better. Then what training_stats.json lists, the losses since the epoch began, the last validation.
+own_progress = dict(best_score=math.inf, best_loss=math.inf, step_numbers=[], step_losses=[], epoch_losses=[], val_step_numbers=[], val_losses=[],
+                    epoch_sum=0.0, epoch_count=0, report={}, table={})
+mixed = mixed_precision and (device or 'cuda').startswith('cuda') and torch.cuda.is_available()
+dtype = 'float32' if not mixed else 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
+if max(dropout_prob, beta1, beta2) >= 1 or learning_rate <= 0:
+    fail('dropout_prob, beta1 and beta2 must be less than 1, and learning_rate more than 0')
+if warmup_ratio > 1 or val_size > 1 or val_size == 1 and not read_only:
+    fail('warmup_ratio and val_size are shares, and without --eval_only some questions must be left to learn from')
+if any(type(s) is not int for s in permanent):
+    fail(f'permanent_checkpoints {permanent} must be whole numbers')
+if best_metric not in ('auto', 'train_loss') and val_size == 0:
+    fail(f'--best_metric={best_metric} needs held-out questions, --val_size is 0')
+
+# ---- distributed (=) -----------------------------------------------------------------------------------------------
+ddp = 'RANK' in os.environ  # set by torchrun
+rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
+usable = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available() and not ddp, 'cpu': True}  # gloo knows no mps
+device = device or next(name for name in usable if usable[name])
+device_type = device.split(':')[0]
+if device_type not in usable:
+    fail(f'--device={device}: expected cpu, cuda, cuda:1 or mps')
+if not usable[device_type]:
+    print0(f'WARNING: --device={device}, but PyTorch sees none here: using the CPU')
+    device = device_type = 'cpu'
+if device_type == 'cuda':
+    device = f'cuda:{local_rank}' if ddp else 'cuda:0' if device == 'cuda' else device
+    if device not in [f'cuda:{i}' for i in range(torch.cuda.device_count())]:
+        fail(f'no device {device}: this machine has {torch.cuda.device_count()} GPU(s)')
+    torch.cuda.set_device(device)
+if ddp:
+    store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), next(rendezvous('env://'))[0])  # dead workers' keys stay behind
+    dist.init_process_group('nccl' if device_type == 'cuda' else 'gloo', store=store, rank=rank, world_size=world_size)
+    cpu_group = dist.new_group(backend='gloo')  # for what the ranks tell each other beside gradients
+device_name = torch.cuda.get_device_name(device) if device_type == 'cuda' else device_type
+peak_flops = next((flops for name, flops in PEAK_FLOPS.items() if name in device_name), 0)  # 0 = unknown: no mfu
+
+def everyone(value):
+    """[value of rank 0, value of rank 1, ...], on every rank."""
+    values = [value] * world_size
+    if ddp:
+        dist.all_gather_object(values, value, group=cpu_group)
+    return values
+
+def agree(problem, code=2):
+    """End all ranks if any has a problem (a sentence; '' = none): none may be left waiting for one that is gone."""
+    first = next(filter(None, everyone(problem)), '')
+    if first:
+        fail(first, code)
+
+# ---- precision and seed (=) ----------------------------------------------------------------------------------------
+autocast = nullcontext() if dtype == 'float32' else torch.autocast(device_type, getattr(torch, dtype))
+scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')  # small float16 gradients would round to zero
+if device_type == 'cuda':
+    torch.set_float32_matmul_precision('high')  # TF32 for what stays float32
+if deterministic:
+    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+    torch.use_deterministic_algorithms(True)
+torch.manual_seed(seed)  # the same first weights on every rank; each rank's own generators are seeded or restored after them
+stop_signal, trouble = 0, ''  # what poll() acts upon
+
+def on_signal(number, frame):
+    global stop_signal
+    stop_signal = number
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process at once; SIGTERM may come from several sides
+
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, on_signal)
+
+# ---- data ----------------------------------------------------------------------------------------------------------
+# A part of the questions is held out, with all their paths. An epoch is a list of micro-batches of batch_size paths of like length (see bucketed), or for
+# --loss=rank of neighbouring paths of a question, and every gradient_accumulation_steps of them are a step; an epoch's last step takes what is left, so
+# that one epoch is every path once. The order depends on seed and step alone. The micro-batches are shared out among the ranks; where there are fewer
+# than ranks, their paths are. A loss is divided by the count of the whole step, so it does not matter who has how many.
+run_dir = everyone(run_dir)[0]  # a name that the clock gave is rank 0's
+config.assign('output_dir', run_dir)
+
+def read_data():
+    """(paths, questions, facts, the rows of those to learn from, of those held out); ValueError."""
+    paths, questions, facts = open_paths(data_dir, max_seq_length, not use_prm_score)
+    if question_context and any(question['ids'] is None for question in questions):
+        raise ValueError(f'the files in {data_dir} do not hold the tokens of all questions: --question_context=False does without')
+    count = len(questions) if val_size == 1 else min(len(questions) - 1, max(1, round(val_size * len(questions)))) if val_size else 0
+    held_out = np.isin(paths['question'], np.random.default_rng([seed, 1]).permutation(len(questions))[:count])
+    return paths, questions, facts, np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+if ask:  # needs no data
+    train_rows = val_rows = []
+else:
+    try:
+        paths, questions, facts, train_rows, val_rows = read_data()
+    except ValueError as error:
+        fail(f'✗ ERROR: {error}' + f'; to collect paths: `python prepare/latent_prm.py --output_dir={data_dir}`' * ('No .pt' in str(error)))
+    if len(set(map(str, everyone((checkpoint_file, facts))))) > 1:
+        fail(f'the ranks see different checkpoints or paths: {checkpoint_file or "no checkpoint"} and {data_dir} must be the same on all nodes')
+    question_lengths = np.array([len(question['ids']) if question_context else 0 for question in questions])
+    lengths = np.array([len(latents) for latents in paths['latents']])
+    full_lengths = lengths + question_lengths[paths['question']]
+batches_per_epoch = -(-len(train_rows) // batch_size)
+steps_per_epoch = max(1, -(-batches_per_epoch // gradient_accumulation_steps))
+if 'num_epochs' in typed_now and 'max_steps' not in typed_now:
+    config.assign('max_steps', -1)  # a stored one
+if max_steps < 0:  # of this launch alone: the setting stays -1
+    max_steps = num_epochs * steps_per_epoch
+if read_only:
+    max_steps = max(max_steps, checkpoint.get('step', 0))
+epochs, warmup = -(-max_steps // steps_per_epoch), math.ceil(warmup_ratio * max_steps)
+accumulation = -(-gradient_accumulation_steps // world_size)  # micro-steps per step
+cut = gradient_accumulation_steps % world_size > 0 and objective != 'rank'
+
+@lru_cache(maxsize=2)
+def micro_batches(epoch):
+    """The micro-batches of an epoch, arrays of row numbers."""
+    if objective != 'rank':
+        return [train_rows[chosen] for chosen in bucketed(full_lengths[train_rows], batch_size, seed, epoch)]
+    generator = np.random.default_rng([seed, epoch])  # a question's paths stand side by side: what is compared must be in one micro-batch
+    order = generator.permutation(len(train_rows))
+    order = train_rows[order[np.argsort(generator.permutation(len(questions))[paths['question'][train_rows[order]]], kind='stable')]]
+    batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+    return [batches[i] for i in generator.permutation(len(batches))]
+
+def loader_state(step):
+    """Where the data of this step begins, and in which data."""
+    epoch, position = divmod(step, steps_per_epoch)
+    return dict(seed=seed, epoch=epoch, step_of_epoch=position, max_seq_length=max_seq_length, use_prm_score=use_prm_score, files=facts['files'])
+
+def parts_of(step):
+    """The rows of each micro-batch of a step."""
+    epoch, position = divmod(step, steps_per_epoch)
+    return micro_batches(epoch)[position * gradient_accumulation_steps:(position + 1) * gradient_accumulation_steps]
+
+def micro_steps_of(step):
+    """How many micro-steps it takes: an epoch's last step may need fewer than `accumulation`."""
+    return accumulation if cut else -(-len(parts_of(step)) // world_size)
+
+def ordered_pairs(chosen):
+    """(m, 2): places in `chosen` of two paths of one question, the first with the higher score."""
+    target, question = paths['target'][chosen], paths['question'][chosen]
+    return np.argwhere((question[:, None] == question) & (target[:, None] > target))
+
+def padded(chosen):
+    """What the model reads of these rows, see padded_paths."""
+    ids = [questions[paths['question'][row]]['ids'] for row in chosen] if question_context else None
+    return padded_paths([paths['latents'][row] for row in chosen], ids, 8 if compile else 1)
+
+def batch(step, micro_step):
+    """(inputs of the model, targets (b,), their weights (b,), pairs (m, 2), paths and pairs of the whole step): what this rank sees in this micro-step."""
+    parts, part = parts_of(step), micro_step * world_size + rank
+    count, pairs_count = sum(map(len, parts)), sum(len(ordered_pairs(chosen)) for chosen in parts) if objective == 'rank' else 0
+    if cut:  # the paths of the step into as many parts as there are ranks and micro-steps
+        rows, n = np.concatenate(parts), accumulation * world_size
+        parts = [rows[len(rows) * i // n:len(rows) * (i + 1) // n] for i in range(n)]
+    chosen = parts[part] if part < len(parts) else []
+    nothing = not len(chosen)
+    chosen = parts_of(step)[0][:1] if nothing else chosen
+    inputs, targets = padded(chosen), torch.tensor(paths['target'][chosen]).to(torch.get_default_dtype())
+    weights, pairs = torch.ones(len(chosen)), torch.from_numpy(ordered_pairs(chosen) if objective == 'rank' else np.zeros((0, 2), np.int64))
+    if nothing:  # is left for this rank, but all must take part: a path of nothing that weighs nothing
+        inputs[0].zero_(), weights.zero_()
+    tensors = [*inputs, targets, weights, pairs]
+    return [t.pin_memory() if t is not None and device_type == 'cuda' else t for t in tensors], count, pairs_count
+
+def on_device(tensors):
+    return [None if t is None else t.to(device, non_blocking=True) for t in tensors]
+
+prefetcher, prefetched = ThreadPoolExecutor(1), {}
+
+def next_batch(step, micro_step):
+    """batch(step, micro_step) on the device, while a thread prepares the next num_workers ones."""
+    now = step * accumulation + micro_step
+    for i in range(now, now + num_workers + 1):
+        there = divmod(i, accumulation)
+        if i not in prefetched and there[0] < max_steps and there[1] < micro_steps_of(there[0]):
+            prefetched[i] = prefetcher.submit(batch, *there)
+    tensors, *counts = prefetched.pop(now).result()
+    return *on_device(tensors), *counts
+
+# ---- model ---------------------------------------------------------------------------------------------------------
+try:
+    model_folder = find_model(model_path)
+    hidden_size = Qwen3Config.from_json(read_whole(os.path.join(model_folder, 'config.json'))).hidden_size
+    if not ask and facts['hidden_size'] != hidden_size:
+        raise ValueError(f'the latents in {data_dir} are {facts["hidden_size"]} wide, the hidden size of this model is {hidden_size}: they were collected from '
+                         'another one (Qwen3-0.6B has 1024, Qwen2.5-0.5B 896)')
+    raw_model = QwenLatentPRM(model_folder, pooling_strategy, dropout_prob, question_context).to(device, torch.get_default_dtype())
+except (ValueError, OSError) as error:
+    fail(f'✗ ERROR: --model_path={model_path}: {error}')
+raw_model.model.grad_checkpoint = grad_checkpoint
+DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(raw_model, [name for name, _ in raw_model.named_buffers()])  # equal on all ranks as it is
+
+# ---- optimizer -----------------------------------------------------------------------------------------------------
+parameters = [p for p in raw_model.parameters() if p.requires_grad]
+optimizers = make_optimizers(raw_model, 'adamw', peak_lr, weight_decay, (beta1, beta2))
+
+def state_files(run):
+    """{file name: content} of a checkpoint, '' for a single file. run: the part that all scripts share (see save)."""
+    state = {name: None if value == math.inf else value for name, value in run.items() if name != 'ranks'}
+    shape = dict(raw_model.config.to_json(), pooling_strategy=pooling_strategy, question_context=question_context, dropout_prob=dropout_prob,
+                 total_parameters=sum(p.numel() for p in raw_model.parameters()), trainable_parameters=sum(p.numel() for p in parameters))
+    return {
+        'pytorch_model.bin': on_cpu(dict(raw_model.state_dict())),  # on the CPU: the guide's torch.load has no map_location
+        'optimizer.pt': optimizer_state(raw_model, optimizers),
+        'scheduler.pt': dict(step=run['step'], lr=get_lr(run['step']), scaler=scaler.state_dict(), ranks=run['ranks'],
+                             train_loader_state=loader_state(run['step'])),
+        'config.json': shape,
+        'training_state.json': lambda folder: dict(state, sha256={name: sha256(os.path.join(folder, name)) for name in FILES}),
+    }
+
+def load_weights(checkpoint):
+    raw_model.load_state_dict(checkpoint['model'])
+
+def load_training(checkpoint):
+    """Everything else that state_files stored; ValueError if it does not belong to this data."""
+    load_optimizer_state(raw_model, optimizers, checkpoint['optimizer'])  # the present decay and betas stay
+    if checkpoint['scaler'] and scaler.is_enabled():
+        scaler.load_state_dict(checkpoint['scaler'])
+    there, here = checkpoint['train_loader_state'], loader_state(checkpoint['step'])
+    for name in ('seed', 'max_seq_length', 'use_prm_score', 'files'):
+        if there[name] != here[name]:
+            raise ValueError(f'the data in {data_dir} changed since, its {name} was {str(there[name])[:200]}: '
+                             'resume with that data, or begin a new run in another folder')
+    in_place = checkpoint_path and os.path.isdir(run_dir) and os.path.samefile(os.path.dirname(os.path.normpath(checkpoint_file)) or '.', run_dir)
+    for path, step in folders(r'epoch_\d+|final').items() if master and in_place and checkpoint['step'] <= max_steps else ():
+        if step > checkpoint['step']:  # of another future, as what the next section sets aside
+            remove(path + '.old')
+            os.replace(path, path + '.old')
+            print0(f'set aside too: {path}')
+
+# ---- checkpoint (=) ------------------------------------------------------------------------------------------------
+# step: completed optimizer steps. progress: plain numbers that a resume continues. snapshot: what a checkpoint of this step
+# needs beside weights and optimizers, taken before the step draws a random number; top_done: its evaluation is in the log.
+step, snapshot, log_descriptor = 0, None, -1
+progress = dict(val_loss=math.inf, best_val_loss=math.inf, best_step=-1, loss_sum=0.0, loss_count=0, seconds=0.0, wandb_id='', **own_progress)
+
+def cannot_write(path, error):
+    free = shutil.disk_usage(run_dir).free if os.path.isdir(run_dir) else 0
+    return f'cannot write {path}: {error} ({free:,} bytes free); earlier checkpoints are intact'
+
+def log(line, prefix='', show=True):
+    """Append a line to log.txt and print it (rank 0)."""
+    global stop_signal, trouble
+    if show:
+        print0(line)
+    data = (prefix + line + '\n').encode()
+    try:
+        while data and log_descriptor >= 0:
+            data = data[os.write(log_descriptor, data):]
+    except OSError as error:
+        stop_signal, trouble = 1000, cannot_write(os.path.join(run_dir, log_name), error)  # all ranks end in poll()
+
+def take_snapshot(before=None):
+    """At the start of a step; again, given the first one, when its evaluation is done: the generators are those of the start."""
+    return dict(step=step, top_done=before is not None, log_bytes=os.fstat(log_descriptor).st_size if master else 0, progress=dict(progress),
+                rank=before['rank'] if before else dict(rank_state(), rng=generator_states(device_type)))
+
+def rotate():
+    """Delete what is no longer wanted, once what replaces it is on the disk. Damaged files neither count nor go."""
+    for suffix in ('.tmp', '.gone'):  # of a save that was killed, of a folder's deletion that was
+        for s in [*steps_on_disk(suffix), 'best']:
+            remove(checkpoint_path_of(s) + suffix)
+    steps = [s for s in steps_on_disk() if checkpoint_path_of(s) not in damaged]
+    newest = 1 if keep == 1 and steps and read_checkpoint(checkpoint_path_of(steps[-1]))[0] else max(keep, 2)
+    for s in steps[:-newest] if keep else []:
+        if s not in permanent:
+            remove(checkpoint_path_of(s))
+
+def save(path):
+    """Write the checkpoint of the snapshot, then rotate. Every rank calls it; rank 0 writes."""
+    own = on_cpu(snapshot['rank'])
+    ranks, problem = [own] * world_size, ''
+    if ddp:
+        dist.gather_object(own, ranks if master else None, group=cpu_group)
+    files = state_files(dict(snapshot['progress'], step=snapshot['step'], top_done=snapshot['top_done'], log_bytes=snapshot['log_bytes'],
+                             ranks=ranks, config=dict(config), given=config.typed()))
+    if master:
+        try:
+            os.fsync(log_descriptor)
+            write_whole(path, files)
+            damaged.discard(path)
+            rotate()
+            size = sum(os.path.getsize(os.path.join(path, name) if name else path) for name in files)
+            print0(f'saved {path} ({size / 1e6:,.1f} MB)')
+        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+            problem = cannot_write(path, error)
+    agree(problem, code=1)
+
+def leave(code):
+    if ddp:
+        dist.destroy_process_group()
+    sys.exit(code)
+
+def poll():
+    """Has any rank been told to stop? Then write the last whole step and leave. Called by all ranks, between micro-steps
+    and evaluation batches: what this step has drawn or summed up so far is forgotten and done again after the resume."""
+    told = stop_signal
+    if ddp:
+        flag = torch.tensor(told)
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=cpu_group)
+        told = int(flag)
+    if told == 1000:
+        fail(trouble, 1)
+    if told > 0:
+        print0(f'stopped by {signal.Signals(told).name}')
+        if not read_only and not (resumed and snapshot['step'] == start_step and os.path.exists(checkpoint_path_of(start_step))):
+            save(checkpoint_path_of(snapshot['step']))
+        leave(128 + told)
+
+# ---- resume (=) ----------------------------------------------------------------------------------------------------
+start_step, top_done, in_place, reseeded, problem = 0, False, False, True, ''
+if resumed:
+    for name, old, new in config.changes(checkpoint['config'], checkpoint_file):
+        if name in shape:
+            fail(f'{name} cannot change on resume: {old} -> {new} ({checkpoint_file})')
+        print0(f'changed since the checkpoint: {name} {old!r} -> {new!r}')
+try:
+    if checkpoint:
+        load_weights(checkpoint)
+    if resumed:
+        load_training(checkpoint)
+        for o in optimizers:  # load_state_dict does not look at shapes
+            for p, state in o.state.items():
+                if any(torch.is_tensor(value) and value.dim() and value.shape != p.shape for value in state.values()):
+                    raise ValueError('the state of the optimizer has other shapes than the weights')
+        start_step, top_done = checkpoint['step'], bool(checkpoint['top_done'])
+        progress = {name: type(value)(checkpoint[name]) for name, value in progress.items()}
+        known = checkpoint['ranks'][rank] if rank < len(checkpoint['ranks']) else None
+        load_rank_state(known)
+        reseeded = known is None or not set_generator_states(known['rng'], device_type)
+except (ValueError, RuntimeError, TypeError, KeyError, IndexError, AttributeError) as error:  # what a file that does not fit provokes
+    fail(f'{checkpoint_file} does not fit: {"no entry " if isinstance(error, KeyError) else ""}{str(error)[:400]}')
+if reseeded:
+    seed_generators(seed, rank, start_step)
+new_ranks = [r for r, new in enumerate(everyone(reseeded)) if new]
+if resumed and new_ranks:
+    print0(f'ranks {new_ranks} are new, or on another kind of device: their generators are seeded from (seed, rank, step)')
+if start_step > max_steps:
+    fail(f'{checkpoint_file} is at step {start_step}, beyond max_steps {max_steps}')
+if len(set(everyone(start_step))) > 1:
+    fail(f'the ranks found different checkpoints in {run_dir}: it must lie where all nodes see it')
+if master and not read_only:
+    log_path = os.path.join(run_dir, log_name)
+    try:
+        os.makedirs(run_dir, exist_ok=True)
+        in_place = resumed and os.path.samefile(os.path.dirname(os.path.normpath(checkpoint_file)) or '.', run_dir)
+        if resumed and not in_place and steps_on_disk():
+            raise ValueError(f'{run_dir} already holds another run: choose an empty folder')
+        if in_place and checkpoint_path:  # what comes after an explicit step belongs to another future
+            later = [checkpoint_path_of(s) for s in steps_on_disk() if s > start_step]
+            best = read_checkpoint(checkpoint_path_of('best'))[0]
+            later += [checkpoint_path_of('best')] if best and best.get('step', 0) > start_step else []
+            for path in later:
+                remove(path + '.old')
+                os.replace(path, path + '.old')
+            if later:
+                print0(f'set aside as *.old, later than step {start_step}:', ', '.join(later))
+        if not in_place and os.path.exists(log_path) and os.path.getsize(log_path):
+            os.replace(log_path, log_path + '.old')
+            print0(f'set aside as {log_name}.old, of a run without a checkpoint: {log_path}')
+        log_descriptor = os.open(log_path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        if in_place and os.fstat(log_descriptor).st_size > checkpoint['log_bytes']:
+            os.ftruncate(log_descriptor, checkpoint['log_bytes'])  # what the steps to be repeated wrote
+        if save_config:
+            config.save(os.path.join(run_dir, 'config.py'))
+    except (OSError, ValueError, TypeError) as error:
+        problem = f'cannot use {run_dir} as the folder of this run: {error}'
+agree(problem)
+wandb_run = None
+if wandb_log and master and not read_only:
+    try:
+        import wandb
+    except ImportError:
+        fail('--wandb_log needs the package wandb: pip install wandb')
+    wandb_run = wandb.init(project=wandb_project, name=run_name or None, config=dict(config), dir=run_dir,
+                           id=progress['wandb_id'] or None, resume='allow')
+    progress['wandb_id'] = wandb_run.id
+
+# ---- compile and wrap (=) ------------------------------------------------------------------------------------------
+if compile:
+    raw_model.compile()  # in place: the names in the state dict stay as they are, and raw_model.forward stays eager
+net = raw_model
+if ddp and data_parallel and not read_only and any(p.requires_grad for p in raw_model.parameters()):
+    net = DistributedDataParallel(raw_model, device_ids=[local_rank] if device_type == 'cuda' else None, gradient_as_bucket_view=True)
+
+# ---- learning rate (=) ---------------------------------------------------------------------------------------------
+def get_lr(step):
+    """Learning rate of the update that follows `step` completed ones: linear warmup, then `schedule` down to floor_lr."""
+    if step < warmup:
+        return peak_lr * (step + 1) / warmup
+    if schedule == 'constant':
+        return peak_lr
+    done = (step - warmup) / max(1, max_steps - warmup)  # 0 to 1; at 1 the run is over
+    if schedule == 'cosine_with_restarts':
+        done = done * cycles % 1
+    return floor_lr + (peak_lr - floor_lr) * (1 + math.cos(math.pi * min(1, done))) / 2
+
+# ---- evaluation ----------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def logits_of(rows):
+    """(n,) float64, the model's logits for these paths: split over the ranks, each batch the same whatever their number."""
+    order = np.argsort(full_lengths[rows], kind='stable')
+    batches, found = [order[i:i + 4 * batch_size] for i in range(0, len(order), 4 * batch_size)], {}
+    raw_model.eval()
+    for begin in range(rank, len(batches) + rank, world_size):  # as many turns on every rank
+        poll()
+        if begin < len(batches):
+            with autocast:
+                found[begin] = raw_model(*on_device(padded(rows[batches[begin]]))).double().cpu().numpy()
+    raw_model.train()
+    logits = np.zeros(len(rows))
+    for part in everyone(found):
+        for k, values in part.items():
+            logits[batches[k]] = values
+    return logits
+
+def part_of(rows):
+    """`paths` of these rows."""
+    return {name: [values[row] for row in rows] if isinstance(values, list) else values[rows] for name, values in paths.items()}
+
+def evaluate(full=False):
+    """(report, table) on the held-out questions, plain numbers, NaN where one is not defined. full: with the table of all baselines."""
+    logits, held_out = logits_of(val_rows), part_of(val_rows)
+    scores, target = 1 / (1 + np.exp(-np.clip(logits, -500, 500))), held_out['target']
+    each = (scores - target) ** 2 if objective == 'mse' else np.logaddexp(0, logits) - logits * target
+    mine, constant = judged(scores, held_out), judged(np.ones(len(scores)), held_out)
+    report = dict(val_loss=float(each.mean()), auc=mine['auc'], within_auc=mine['within_auc'], best_of_n=mine['best_of_n'], random_pick=constant['best_of_n'],
+                  majority_vote=constant['weighted_vote'])
+    return report, compared(scores, held_out, part_of(train_rows), questions) if full else {}
+
+def say(step, report):
+    words = dict(auc='AUC', within_auc='within-question AUC', best_of_n='best of N', random_pick='random pick', majority_vote='majority vote')
+    log(f'step {step}/{max_steps} | val loss {report["val_loss"]:.4f} | ' +
+        ' | '.join(f'{words[name]} {report[name]:.4f}' for name in words if not math.isnan(report[name])) +
+        f' | {len(val_rows):,} paths of {len(set(paths["question"][val_rows])):,} questions')
+
+def write_beside(path, content):
+    """Write a JSON file, on rank 0; a disk's problem ends all ranks."""
+    problem = ''
+    try:
+        if master:
+            write_whole(path, {'': without_nan(content)})
+    except OSError as error:
+        problem = cannot_write(path, error)
+    agree(problem, 1)
+    print0(f'wrote {path}')
+
+if ask:
+    if ddp:
+        fail('--ask is for one process, without torchrun')
+    signal.signal(signal.SIGTERM, signal.SIG_DFL), signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from prepare import latent_prm as collect
+    collected = sorted(glob.glob(os.path.join(glob.escape(data_dir), '*_metadata.json')))
+    if not collected:
+        print0(f'WARNING: {data_dir} holds no *_metadata.json: the paths are thought with the default settings of prepare/latent_prm.py')
+    known = read_whole(collected[0]) if collected else {}
+    for name in ('task', 'latent_steps', 'agents', 'num_parent_paths', 'diversity_strategy', 'noise_scale', 'latent_space_realign', 'temperature', 'top_p',
+                 'max_new_tokens', 'thinking', 'instruction'):  # as those paths that the scores were learned from
+        setattr(collect, name, known.get(name, getattr(collect, name)))
+    collect.num_paths, collect.num_rollouts, collect.model_path, collect.device, collect.seed = num_paths, 1, model_folder, device, seed
+    thinker, tokenizer = collect.open_model()
+    matrix, norm = thinker.realignment()
+    prompts = collect.turns(ask, tokenizer)
+    longest, room = sum(map(len, prompts)) + collect.latent_steps * len(prompts) + collect.max_new_tokens, thinker.config.max_position_embeddings
+    if longest > room:
+        fail(f'--ask: the question, its thoughts and the answer can be {longest} tokens long, the model has {room} positions')
+    realignment = matrix if collect.latent_space_realign else None, norm
+    thoughts = collect.explore(thinker, tokenizer, [zlib.crc32(ask.encode())], [prompts], realignment, num_paths)[0][-1]
+    inputs = padded_paths([path['latents'].flatten(0, 1) for path in thoughts], [torch.tensor(prompts[0])] * num_paths if question_context else None)
+    scores, by_step = raw_model.predict_scores(*inputs).tolist(), raw_model.step_scores(*inputs).tolist()
+    said = [path['answers'][0][:2] for path in thoughts]  # text, answer
+    order = sorted(range(num_paths), key=lambda i: -scores[i])
+    for i in order:
+        steps = ' '.join(f'{score:.3f}' for score in by_step[i])
+        print0(f'path {i:3} | score {scores[i]:.3f} | after each thought {steps} | answer {said[i][1] or "none"}')
+    answers = sorted({answer for _, answer in said if answer})
+    for how, weights in (('majority vote', [1] * num_paths), ('vote weighted by the scores', scores)):
+        print0(f'{how}: {max(answers, key=lambda a, weights=weights: sum(w for w, (_, b) in zip(weights, said, strict=True) if a == b), default="none")}')
+    best = next((i for i in order if said[i][1]), order[0])  # a path without an answer is no choice
+    print0(f'chosen: path {best}, score {scores[best]:.3f}, answer {said[best][1] or "none"}\n{printable(said[best][0]).strip()}')
+    leave(0)
+
+if eval_only:
+    if not len(val_rows):
+        fail('--eval_only: no questions are held out, --val_size is 0 (1 = all)')
+    step = checkpoint.get('step', 0)
+    report, table = evaluate(full=True)
+    say(step, report)
+    print0('\n'.join(table_lines(table)))
+    write_beside(os.path.join(os.path.dirname(os.path.normpath(checkpoint_file)), 'eval.json'), dict(
+        step=step, val_loss=report['val_loss'], checkpoint=checkpoint_file, data_dir=data_dir, questions=len(set(paths['question'][val_rows])),
+        paths=len(val_rows), table=table))
+    leave(0)
+
+# ---- training loop -------------------------------------------------------------------------------------------------
+describe = ['git', '-C', os.path.dirname(os.path.abspath(__file__)), 'describe', '--always', '--dirty']
+commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip() if shutil.which('git') else ''
+log('settings given: ' + ' '.join(f'{name}={value!r}' for name, value in config.typed().items()), prefix='# ', show=False)
+padded_length = sum(len(rows) * full_lengths[rows].max() for rows in micro_batches(0))
+target = paths['target'][train_rows]
+total, trained = (sum(p.numel() for p in part) for part in (raw_model.parameters(), parameters))
+for line in (
+    f'{total:,} parameters, {trained:,} of them trained: {raw_model.config.num_hidden_layers} layers, width {hidden_size}, pooling {pooling_strategy}, '
+    + ('question and latents' if question_context else 'latents alone'),
+    f'{len(train_rows):,} paths to learn from, {len(val_rows):,} held out, of {len(questions):,} questions; {facts["left_out"]:,} without latents or a score; '
+    f'scores {target.min():.2f} to {target.max():.2f}, {target.mean():.3f} on average',
+    f'{max_steps:,} steps of {gradient_accumulation_steps} x {batch_size} paths, {steps_per_epoch:,} an epoch; '
+    f'{1 - full_lengths[train_rows].sum() / padded_length:.0%} of a batch is padding',
+    f'device {device} ({device_name}), dtype {dtype}, compile {compile}, {world_size} rank(s), torch {torch.__version__}, commit {commit or "unknown"}',
+    f'run {run_dir}: ' + (f'resumed from {checkpoint_file} at step {start_step}' if resumed else
+                          f'weights from {checkpoint_file}' if checkpoint else f'weights from {model_folder}, random head, seed {seed}'),
+    *([f'WARNING: {len(paths["target"])} paths are few: at least 100, better 1,000'] if len(paths['target']) < 100 else []),
+):
+    log(line, prefix='# ')
+checkpoint = None  # its tensors have been copied
+seconds, timed_steps, timed_paths, timed_latents = 0.0, 0, 0, 0
+bar = tqdm(total=0, disable=True)
+raw_model.train()
+for step in range(start_step, max_steps + 1):
+    # -- top: what looks at the model after `step` updates; nothing here changes the training
+    last, fresh = step == max_steps, step > start_step or not top_done
+    epoch_ended = step > 0 and step % steps_per_epoch == 0
+    snapshot = take_snapshot()
+    if fresh:
+        score, train_loss = math.inf, progress['epoch_sum'] / max(1, progress['epoch_count'])
+        if epoch_ended or last and progress['epoch_count']:
+            bar.close()
+            log(f'[Trainer] Epoch {-(-step // steps_per_epoch)}: loss={train_loss:.4f}')
+            progress.update(epoch_losses=[*progress['epoch_losses'], train_loss], best_loss=min(progress['best_loss'], train_loss), epoch_sum=0.0,
+                            epoch_count=0)
+            if best_metric == 'train_loss' or not len(val_rows):
+                score = train_loss
+        if len(val_rows) and (val_steps > 0 and step % val_steps == 0 or epoch_ended or last):
+            report, table = evaluate(full=last)
+            say(step, report)
+            for line in table_lines(table) if table else ():
+                log(line)
+            val_loss = report['val_loss']
+            if not math.isfinite(val_loss):
+                fail(f'step {step}: validation loss {val_loss}; stopped, no checkpoint holds it (try a lower learning_rate)', 1)
+            if wandb_run:
+                wandb_run.log({f'val/{name}': value for name, value in report.items()}, step=step)
+            progress.update(val_loss=val_loss, best_val_loss=min(progress['best_val_loss'], val_loss), report=without_nan(report), table=without_nan(table),
+                            val_step_numbers=[*progress['val_step_numbers'], step], val_losses=[*progress['val_losses'], val_loss])
+            metric = ('val_loss' if math.isnan(report['within_auc']) else 'within_auc') if best_metric == 'auto' else best_metric
+            if metric != 'train_loss':
+                score = val_loss if metric == 'val_loss' else -report[metric]
+        if score < progress['best_score']:  # never if it is NaN
+            progress.update(best_score=score, best_step=step)
+            snapshot['progress'] = dict(progress)
+            save(checkpoint_path_of('best'))
+    snapshot = take_snapshot(snapshot)
+    wanted = [checkpoint_path_of(step)] if save_every > 0 and step % save_every == 0 or step in permanent or last else []
+    wanted += [os.path.join(run_dir, f'epoch_{step // steps_per_epoch}')] if epoch_ended else []
+    for path in [*wanted, *([os.path.join(run_dir, 'final')] if last else [])] if step else []:
+        if fresh or not everyone(os.path.isdir(path) and path not in unreadable)[0]:  # a run that was killed between two of them
+            save(path)
+            print0(f'[Trainer] Checkpoint saved to: {path}')
+    if last:
+        break
+    if step % steps_per_epoch == 0:
+        log(f'Epoch {step // steps_per_epoch + 1}/{epochs}')
+    if step % steps_per_epoch == 0 or step == start_step:  # the bar counts micro-batches
+        bar = tqdm(total=batches_per_epoch, initial=step % steps_per_epoch * gradient_accumulation_steps, disable=not (master and sys.stdout.isatty()))
+
+    # -- one update
+    started = time.perf_counter()
+    lr = get_lr(step)
+    for o in optimizers:
+        for group in o.param_groups:
+            group['lr'] = lr
+    loss_sum = torch.zeros((), device=device)
+    micro_steps = micro_steps_of(step)
+    for micro_step in range(micro_steps):
+        poll()
+        latents, mask, tokens, asked, targets, weights, pairs, count, pairs_count = next_batch(step, micro_step)
+        net.require_backward_grad_sync = micro_step == micro_steps - 1  # before the forward: DDP reads it there
+        with autocast:
+            logits = net(latents, mask, tokens, asked)
+        each = (logits.sigmoid() - targets) ** 2 if objective == 'mse' else F.binary_cross_entropy_with_logits(logits, targets, reduction='none')
+        loss = (each * weights).sum() / count  # over the count of the whole step: every path weighs the same, and of the pairs every pair
+        if pairs_count:
+            loss = loss + F.softplus(logits[pairs[:, 1]] - logits[pairs[:, 0]]).sum() / pairs_count
+        scaler.scale(loss * world_size).backward()  # DDP divides by world_size
+        loss_sum += loss.detach()
+        timed_paths, timed_latents = timed_paths + len(latents), timed_latents + latents.size(0) * latents.size(1)
+        if log_level == 'DEBUG':
+            print0(f'step {step + 1} micro-step {micro_step + 1}/{micro_steps} | loss {loss.item() * count / len(latents):.6f} | '
+                   f'{len(latents)} x {latents.size(1)} latents | {1000 * (time.perf_counter() - started):.0f}ms')
+    for o in optimizers:
+        scaler.unscale_(o)
+    norm = total_norm([p.grad for p in parameters])
+    torch.nn.utils.clip_grads_with_norm_(parameters, clip if clip > 0 else math.inf, norm)
+    found = torch.stack((loss_sum, norm / world_size))  # one tensor, one host read; NaN or infinity on any rank survives the sum
+    if ddp:
+        dist.all_reduce(found)
+    step_loss, step_norm = found.tolist()
+    overflow = scaler.is_enabled() and not math.isfinite(step_norm) and scaler.get_scale() > 1  # the scaler skips it and scales less
+    if not math.isfinite(step_loss) or not math.isfinite(step_norm) and not overflow:
+        fail(f'step {step + 1}: loss {step_loss}, gradient norm {step_norm}; stopped before the update, no checkpoint holds it '
+             '(try a lower learning_rate or a longer warmup_ratio)', 1)
+    for o in optimizers:
+        if not overflow:
+            scaler.step(o)
+        o.zero_grad(set_to_none=True)
+    scaler.update()
+
+    # -- reporting only
+    dt = time.perf_counter() - started
+    seconds, timed_steps = seconds + dt, timed_steps + 1
+    progress.update(loss_sum=progress['loss_sum'] + step_loss, loss_count=progress['loss_count'] + 1, seconds=progress['seconds'] + dt,
+                    epoch_sum=progress['epoch_sum'] + step_loss, epoch_count=progress['epoch_count'] + 1)
+    bar.update(len(parts_of(step)))
+    bar.set_postfix(loss=f'{step_loss:.4f}', lr=f'{lr:.2e}')
+    if (step + 1) % logging_steps == 0 or step == 0 or step + 1 == max_steps:
+        dt, mean_loss = seconds / timed_steps, progress['loss_sum'] / progress['loss_count']
+        flops = 6 * trained * timed_latents * world_size / seconds  # of what is computed, padding too
+        mfu = f'{100 * flops / world_size / peak_flops:.1f}%' if peak_flops else '-'
+        minutes = int(dt * (max_steps - step - 1) / 60)
+        bar.clear()
+        log(f'step {step + 1}/{max_steps} ({100 * (step + 1) / max_steps:.2f}%) | loss {mean_loss:.6f} | lr {lr:.2e} | norm {step_norm:.2f} | '
+            f'dt {1000 * dt:.0f}ms | samples/s {timed_paths * world_size / seconds:,.1f} | mfu {mfu} | eta {minutes // 60}h{minutes % 60:02d}m')
+        log(f'[Trainer] Step {step + 1}: loss={mean_loss:.4f}, avg_loss={progress["epoch_sum"] / progress["epoch_count"]:.4f}, lr={lr:.2e}')
+        if wandb_run:
+            wandb_run.log({'train/loss': mean_loss, 'lr': lr, 'norm': step_norm}, step=step + 1)
+        progress.update(step_numbers=[*progress['step_numbers'], step + 1], step_losses=[*progress['step_losses'], mean_loss], loss_sum=0.0, loss_count=0)
+        seconds, timed_steps, timed_paths, timed_latents = 0.0, 0, 0, 0
+
+# ---- finish --------------------------------------------------------------------------------------------------------
+lists = ('epoch_losses', 'step_losses', 'step_numbers', 'val_losses', 'val_step_numbers')
+write_beside(os.path.join(run_dir, 'training_stats.json'), dict(
+    total_steps=max_steps, num_epochs=epochs, best_loss=progress['best_loss'], final_loss=(progress['epoch_losses'] or [math.nan])[-1],
+    **{name: progress[name] for name in lists}, enable_validation=len(val_rows) > 0, best_val_loss=progress['best_val_loss'],
+    final_val_loss=progress['val_loss'], best_step=progress['best_step'], best_metric=best_metric, validation=progress['report'], table=progress['table'],
+    training_time_seconds=progress['seconds'], timestamp=time.strftime('%Y-%m-%d %H:%M:%S'), model_path=model_path, data_dir=data_dir,
+    num_samples=len(train_rows)))
+log(f'done: best val loss {progress["best_val_loss"]:.4f}, best/ is that of step {progress["best_step"]}, checkpoints in {run_dir}, '
+    f'trained for {progress["seconds"] / 60:.1f} min', prefix='# ')
+poll()
+if wandb_run:
+    wandb_run.finish()
+leave(0)
