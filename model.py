@@ -886,7 +886,7 @@ def read_whole(path):
 def remove(path):
     """Delete a file or a folder, whole or not at all: a half-deleted folder must not bear the name of a whole one."""
     if os.path.isdir(path) and not os.path.islink(path):
-        if not path.endswith(('.tmp', '.old', '.gone')):  # these are no whole ones by their names
+        if not path.endswith(('.tmp', '.old', '.was', '.gone')):  # these are no whole ones by their names
             remove(path + '.gone')  # of a deletion that was killed
             os.replace(path, path + '.gone')
             path += '.gone'
@@ -961,14 +961,14 @@ def write_whole(path, files):
         if is_folder:
             sync(temporary)
         if is_folder and os.path.lexists(path):
-            remove(path + '.old')
-            os.replace(path, path + '.old')  # a folder cannot be replaced in one step: for a moment only .old is there
+            remove(path + '.was')
+            os.replace(path, path + '.was')  # a folder cannot be replaced in one step: for a moment only .was is there
         os.replace(temporary, path)
     finally:
         remove(temporary)
     sync(os.path.dirname(path) or '.')
     if is_folder:
-        remove(path + '.old')
+        remove(path + '.was')
 
 
 # Qwen3 (Qwen Team 2025, arXiv 2505.09388). Module names are those of the published weights. Rows of different length are padded on the

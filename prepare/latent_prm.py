@@ -73,7 +73,8 @@ dtype = ''                       # float32 | bfloat16; '' = bfloat16 on a GPU, e
 seed = 42                        # of noise, answers and arithmetic; 0 = a seed like any other
 
 if __name__ == '__main__':
-    configure(globals(), aliases=dict(data_file='input', prm_output_dir='output_dir', model_name='model_path', latent_diversity_strategy='diversity_strategy'))
+    configure(globals(), aliases={'data_file': 'input', 'prm_output_dir': 'output_dir', 'model_name': 'model_path',
+                                  'latent_diversity_strategy': 'diversity_strategy'})
 
 URL = 'https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/{}.jsonl'
 BOXED = 'Solve this problem. Put the final answer, a number, into \\boxed{}.'

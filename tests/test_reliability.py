@@ -468,7 +468,7 @@ def test_killed_at_each_operation_of_a_save(bench):
 def test_a_save_is_on_the_disk_before_it_has_its_name_and_before_an_old_one_goes(bench):
     """kill -9 cannot show a missing fsync, a power cut would: so the order of operations is read."""
     done = operations(bench, keep_last_n_checkpoints=2)
-    other = ('config.py', '.yaml', 'stats.json', '.old', '.gone')
+    other = ('config.py', '.yaml', 'stats.json', '.was', '.gone')
     renamed = [i for i, operation in enumerate(done) if operation.startswith(('replace:', 'rename:')) and not operation.endswith(other)]
     removed = [i for i, operation in enumerate(done) if operation.startswith(('unlink:', 'remove:')) and not operation.endswith('.tmp')]
     if (straight(bench) / bench.case.name(8)).is_dir():  # a folder goes by another name first
