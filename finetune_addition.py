@@ -175,7 +175,7 @@ def steps_on_disk(suffix=''):
 def read_checkpoint(path):
     """(checkpoint, '') or (None, what is wrong). A file of weights alone comes back as {'model': weights}."""
     try:
-        found = checkpoint_of(path if os.path.exists(path) or not os.path.isdir(path + '.old') else path + '.old')  # see write_whole
+        found = checkpoint_of(path if os.path.exists(path) or not os.path.isdir(path + '.was') else path + '.was')  # see write_whole
         if not isinstance(found, dict) or not isinstance(found.get('model', found), dict):
             raise ValueError('it holds no weights')
         found = found if 'model' in found else {'model': found}
