@@ -232,7 +232,7 @@ if checkpoint and 'step' not in checkpoint:
         fail(error)
 config.fill({
     'tiny': dict(hidden_size=64, num_heads=4, multiple_of=32, L_layers=1, H_cycles=2, L_cycles=2, mlp_t=True, pos_encodings='none', puzzle_emb_len=1,
-                 halt_max_steps=6, lr=1e-2, puzzle_emb_lr=1e-2, min_lr_ratio=0.1, total_steps=1000, ema_rate=0.99, log_interval=50),
+                 halt_max_steps=6, lr=1e-2, puzzle_emb_lr=1e-2, min_lr_ratio=0.1, total_steps=600, ema_rate=0.99, log_interval=50),
     'trm': {},
 }[preset])
 for name, usual in (('L_layers', 2), ('H_cycles', 3), ('L_cycles', 6)):
