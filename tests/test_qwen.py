@@ -300,7 +300,7 @@ def test_modes_and_dropout(folder):
 
 def test_weights_are_not_used_in_another_way(folder, tmp_path):
     torch.save(prm(folder).state_dict(), tmp_path / 'pytorch_model.bin')
-    weights = torch.load(tmp_path / 'pytorch_model.bin')
+    weights = torch.load(tmp_path / 'pytorch_model.bin', weights_only=True)
     model = QwenLatentPRM(folder)
     model.load_state_dict(weights)
     latents, mask = torch.randn(2, 3, 32), torch.ones(2, 3)

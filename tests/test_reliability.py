@@ -46,7 +46,7 @@ from harness import make_addition_data, make_paths, make_puzzle_data, make_qwen,
 # draws       each step draws from torch's generator
 # without     settings of this file that the script does not have; tests that need one skip, the others leave it out
 # ends        other checkpoints that the last step leaves
-# kills       each so many-th of the operations of a save is killed
+# kills       each so many-th of the operations of a save is killed, without --kills=50 each
 CASES = dict(
     train_gpt2=dict(
         script='train_gpt2.py',
@@ -137,7 +137,7 @@ CASES = dict(
         draws=False,
         without=('total_batch_size', 'val_tokens', 'dropout', 'batch_size', 'generate_interval', 'max_new_tokens'),
         ends=(),
-        kills=1,
+        kills=3,
     ),
     finetune_addition=dict(
         script='finetune_addition.py',
@@ -168,7 +168,7 @@ CASES = dict(
         draws=False,
         without=('total_batch_size', 'val_tokens', 'dropout', 'batch_size', 'generate_interval', 'max_new_tokens'),
         ends=(),
-        kills=1,
+        kills=3,
     ),
     train_latent_prm=dict(
         script='train_latent_prm.py',
@@ -203,6 +203,8 @@ CASES = dict(
 )
 
 
+# Tests marked `fenced` need nothing but the blocks that are the same text in all scripts: the short form runs them with a checkpoint that is a file and with one that is a
+# folder, --kills=50 with all five (see conftest.py).
 # ---- a bench: a script, a folder to run it in, finished runs to compare with ------------------------------------------
 @pytest.fixture(scope='module', params=CASES)
 def case(request):
@@ -445,14 +447,16 @@ def operations(bench, **settings):
     return re.search(r'^operations: (.*)', run.out, re.MULTILINE)[1].split(' ')
 
 
-def test_killed_at_each_operation_of_a_save(bench):
+@pytest.mark.fenced
+def test_killed_at_each_operation_of_a_save(bench, kills):
     settings = dict(keep_last_n_checkpoints=2)
     expected, done, name = straight(bench, **settings), operations(bench, **settings), bench.case.name(6)
     begin = next(i for i in range(len(done)) if f'{name}.tmp' in done[i])
     end = next((i for i in range(begin + 1, len(done)) if done[i].startswith('open:') and f'{name}.tmp' not in done[i]), len(done))
     writes = [i for i in range(begin, end) if done[i].startswith('write:')]
     middle = [i for i in range(begin, end) if i not in writes or i in writes[::max(1, len(writes) // 6)]]
-    middle = [i for n, i in enumerate(middle) if n % bench.case.kills == 0 or done[i].startswith(('replace:', 'rename:', 'fsync:run'))]
+    every = bench.case.kills if kills < 50 else 1
+    middle = [i for n, i in enumerate(middle) if n % every == 0 or done[i].startswith(('replace:', 'rename:', 'fsync:run'))]
     others = [i for i in range(len(done)) if not done[i].startswith('write:') and i not in middle]
     assert any(done[i].startswith(('unlink:', 'remove:')) for i in middle), done[begin:end]
     for i in sorted({*middle, *others[::max(1, len(others) // 8)]}):
@@ -465,6 +469,7 @@ def test_killed_at_each_operation_of_a_save(bench):
         assert not [*(bench.cwd / 'run').glob('*.tmp'), *(bench.cwd / 'run').glob('*.gone')], done[i]
 
 
+@pytest.mark.fenced
 def test_a_save_is_on_the_disk_before_it_has_its_name_and_before_an_old_one_goes(bench):
     """kill -9 cannot show a missing fsync, a power cut would: so the order of operations is read."""
     done = operations(bench, keep_last_n_checkpoints=2)
@@ -537,6 +542,7 @@ def test_resume_with_another_number_of_ranks(bench, before, after):
     assert len(load(checkpoint(bench, 8))['ranks']) == max(1, after)
 
 
+@pytest.mark.fenced
 def test_generators_of_new_ranks_depend_on_seed_rank_and_step_alone(bench):
     for out in ('a', 'b'):
         stopped(bench, 4, out)
@@ -567,6 +573,7 @@ def rows_of_epoch_after(bench, row):
 
 
 # ---- 5. rotation ---------------------------------------------------------------------------------------------------
+@pytest.mark.fenced
 @pytest.mark.parametrize('keep, permanent, interval, last, kept', [
     (3, '', 1, 8, [6, 7, 8]),
     (2, '', 1, 8, [7, 8]),
@@ -585,6 +592,7 @@ def test_rotation(bench, keep, permanent, interval, last, kept):
     assert losses(bench.cwd / 'run', 'val loss')[best['step']] == min(losses(bench.cwd / 'run', 'val loss').values())
 
 
+@pytest.mark.fenced
 def test_rotation_beyond_five_digits(bench):
     settings = dict(keep_last_n_checkpoints=2, checkpoint_interval=1, max_steps=100001)
     stopped(bench, 8)
@@ -597,6 +605,7 @@ def test_rotation_beyond_five_digits(bench):
     assert 'step 100001' in go(bench, '--auto_resume', **settings).ok().out
 
 
+@pytest.mark.fenced
 def test_rotation_leaves_foreign_files_alone_and_cleans_up_after_a_killed_save(bench):
     folder = stopped(bench, 4)
     third = bench.case.name(3)
@@ -611,6 +620,7 @@ def test_rotation_leaves_foreign_files_alone_and_cleans_up_after_a_killed_save(b
     assert [name for name in foreign if (folder / name).read_text() == 'mine'] == foreign
 
 
+@pytest.mark.fenced
 def test_damaged_files_do_not_count_as_kept_ones(bench):
     folder = stopped(bench, 4)
     for step in (7, 8, 500):
@@ -631,6 +641,7 @@ def same_final(bench, expected):
     assert clean_log(expected / bench.case.log) == clean_log(bench.cwd / 'run' / bench.case.log)
 
 
+@pytest.mark.fenced
 @pytest.mark.parametrize('keep', [1, 2])
 def test_a_save_that_went_wrong_on_the_disk_does_not_cost_the_last_good_one(bench, keep):
     """keep 1 is kept as 2 until the newer one is proven readable."""
@@ -678,6 +689,7 @@ def damage(path, how):
         load(path)
 
 
+@pytest.mark.fenced
 @pytest.mark.parametrize('how', ['truncated', 'short', 'flipped', 'empty', 'garbage', 'hostile'])
 def test_the_newest_checkpoint_that_reads_whole_is_used(bench, how):
     stopped(bench, 6)
@@ -692,6 +704,7 @@ def test_the_newest_checkpoint_that_reads_whole_is_used(bench, how):
     assert not list(bench.cwd.glob('**/executed'))
 
 
+@pytest.mark.fenced
 def test_a_damaged_checkpoint_on_two_ranks(bench):
     stopped(bench, 8, ranks=2)
     damage(checkpoint(bench, 8), 'flipped')
@@ -700,6 +713,7 @@ def test_a_damaged_checkpoint_on_two_ranks(bench):
     same(bench, straight(bench, ranks=2))
 
 
+@pytest.mark.fenced
 @pytest.mark.parametrize('ranks', [0, 2])
 def test_all_checkpoints_damaged(bench, ranks):
     stopped(bench, 8, ranks=ranks)
@@ -712,6 +726,7 @@ def test_all_checkpoints_damaged(bench, ranks):
     same(bench, straight(bench, ranks=ranks))
 
 
+@pytest.mark.fenced
 def test_a_fresh_start_in_a_used_folder_is_refused(bench):
     folder = stopped(bench, 4)
     before = tree(folder)
@@ -731,6 +746,7 @@ def test_resume_where_nothing_is_begins_and_else_continues(bench, verb):
     same(bench, straight(bench))
 
 
+@pytest.mark.fenced
 def test_resume_from_an_explicit_step(bench):
     folder = stopped(bench, 8)
     later = {name: raw(folder / name) for name in map(bench.case.name, (6, 8, 'best'))}
@@ -747,6 +763,7 @@ def test_resume_from_an_explicit_step(bench):
     same(bench, straight(bench))
 
 
+@pytest.mark.fenced
 def test_resume_from_a_checkpoint_into_another_folder(bench):
     stopped(bench, 4, 'first')
     before = tree(bench.cwd / 'first')
@@ -772,6 +789,7 @@ def test_a_missing_checkpoint_names_one_that_exists(bench, ranks):
     assert f'logs/{bench.case.name(4)}' in err and not (bench.cwd / 'run').exists()
 
 
+@pytest.mark.fenced
 def test_checkpoint_path_without_a_verb(bench):
     stopped(bench, 4, 'logs')
     assert '--resume' in go(bench, f'--checkpoint_path=logs/{bench.case.name(4)}').one_line(2)
@@ -845,6 +863,7 @@ def test_the_command_line_beats_the_stored_settings(bench):
     assert same_until == [line for line in clean_log(straight(bench) / bench.case.log) if re.match(r'step [0-4]/', line)]
 
 
+@pytest.mark.fenced
 def test_typed_settings_come_back_without_being_typed_again(bench):
     stopped(bench, 4)
     run = go(bench, '--auto_resume', bare=True).ok()
@@ -878,6 +897,7 @@ def test_changed_data_are_refused_with_a_sentence(bench):
     assert tree(folder) == before
 
 
+@pytest.mark.fenced
 def test_a_checkpoint_beyond_max_steps(bench):
     folder = stopped(bench, 6)
     before = tree(folder)
@@ -960,6 +980,7 @@ def test_signal(bench, phase, number, ranks, to):
     same(bench, straight(bench, ranks=ranks), ignore=['lr'] if phase == 'last evaluation' else [])
 
 
+@pytest.mark.fenced
 def test_signals_one_after_the_other(bench):
     """Stopped in a step, at once after the resume, and in the evaluation of the step after that."""
     for phase in ('training', 'first step', 'first evaluation', 'first step'):
@@ -973,6 +994,7 @@ def test_signals_one_after_the_other(bench):
     same(bench, straight(bench))
 
 
+@pytest.mark.fenced
 def test_a_signal_in_the_first_step_after_a_resume_into_another_folder(bench):
     stopped(bench, 4, 'first')
     prelude, _ = paused(bench, 'first step', 0)
@@ -984,6 +1006,7 @@ def test_a_signal_in_the_first_step_after_a_resume_into_another_folder(bench):
     assert differences(load(checkpoint(bench, 8)), load(checkpoint(bench, 8, straight(bench))), VOLATILE) == []
 
 
+@pytest.mark.fenced
 def test_a_second_signal_ends_at_once(bench):
     run = start(bench, prelude=hook(bench, 'if trained == 5: pause(20)'))
     run.wait_for('HERE')
@@ -1069,6 +1092,7 @@ def says_no_space(run, path):
     assert path in err and re.search(r'[\d,]{4,} bytes free', err), err
 
 
+@pytest.mark.fenced
 @pytest.mark.parametrize('ranks', [0, 2])
 def test_disk_full_while_saving(bench, ranks):
     """The temporary file is /dev/full: every write to it fails as on a full disk."""
@@ -1087,6 +1111,7 @@ builtins.open = full
     same(bench, straight(bench, ranks=ranks))
 
 
+@pytest.mark.fenced
 @pytest.mark.parametrize('ranks', [0, 2])
 def test_a_file_that_cannot_grow(bench, ranks):
     """The limit cuts the checkpoint off in its middle."""
@@ -1105,6 +1130,7 @@ def test_a_file_that_cannot_grow(bench, ranks):
     same(bench, expected)
 
 
+@pytest.mark.fenced
 @pytest.mark.parametrize('ranks', [0, 2])
 def test_disk_full_while_logging(bench, ranks):
     folder = stopped(bench, 4, ranks=ranks)
@@ -1121,6 +1147,7 @@ def test_disk_full_while_logging(bench, ranks):
     same(bench, straight(bench, ranks=ranks))
 
 
+@pytest.mark.fenced
 @pytest.mark.parametrize('ranks', [0, 2])
 def test_a_folder_that_cannot_be_written(bench, ranks):
     (bench.cwd / 'file').write_text('mine')
@@ -1168,6 +1195,7 @@ def test_nothing_touches_the_network(bench):
 
 
 # ---- torchrun, for real ----------------------------------------------------------------------------------------------
+@pytest.mark.fenced
 def test_torchrun(bench):
     """A worker is killed in the middle, the launcher begins again. And a mistake is told once, not by each rank."""
     expected = straight(bench, ranks=2)
@@ -1234,6 +1262,7 @@ sys.meta_path.insert(0, Finder())
 """
 
 
+@pytest.mark.fenced
 @pytest.mark.parametrize('ranks', [0, 2])
 def test_wandb(bench, ranks):
     go(bench, ranks=ranks, prelude=WANDB, out='without').ok()
@@ -1247,6 +1276,7 @@ def test_wandb(bench, ranks):
     same(bench, straight(bench, ranks=ranks), ignore=['wandb_id'])
 
 
+@pytest.mark.fenced
 def test_wandb_that_is_not_installed(bench):
     if importlib.util.find_spec('wandb'):
         prelude = "import sys; sys.modules['wandb'] = None"

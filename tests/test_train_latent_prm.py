@@ -444,7 +444,7 @@ def test_eval_only_prints_the_table_and_writes_it(trains, tmp_path):
     # the same scores as the model's own method gives, one path at a time
     paths, _, _ = m.open_paths(str(tmp_path / 'other'))
     net = m.QwenLatentPRM(str(tmp_path / 'qwen'))
-    net.load_state_dict(torch.load(tmp_path / 'run/best/pytorch_model.bin'))
+    net.load_state_dict(torch.load(tmp_path / 'run/best/pytorch_model.bin', weights_only=True))
     scores = np.array([net.predict_scores(latents.unsqueeze(0), torch.ones(1, len(latents))).item() for latents in paths['latents']])
     assert m.judged(scores, paths)['brier'] == pytest.approx(report['table']['PRM']['brier'], abs=1e-6)
 
