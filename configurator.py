@@ -62,8 +62,9 @@ def nearby(path):
     """For a message that `path` is missing: what exists, the same name at any number, in its folder or one beside it, else in
     its folder under another parent."""
     folder, name = os.path.split(os.path.normpath(path))
-    (above, own), name = os.path.split(folder), re.sub('[0-9]+', '*', glob.escape(name))
-    found = glob.glob(os.path.join(glob.escape(above), '*', name)) or glob.glob(os.path.join(glob.escape(os.path.dirname(above)), '*', glob.escape(own), name))
+    (above, own), numbered = os.path.split(folder), re.sub('[0-9]+', '*', glob.escape(name))
+    found = glob.glob(os.path.join(glob.escape(above), '*', numbered))
+    found = found or glob.glob(os.path.join(glob.escape(os.path.dirname(above)), '*', glob.escape(own), numbered))
     found = sorted(found, key=lambda other: (os.path.basename(other) == name, difflib.SequenceMatcher(None, os.path.dirname(other), folder).ratio(), other))
     return '; there is ' + ', '.join(found[-3:]) if found else ''
 

@@ -17,9 +17,11 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Tests of the fenced blocks: two scripts stand for all five, which have the same text (test_fences.py), but in the long form."""
+    """The short form of the reliability tests. Of the fenced blocks, which are the same text in all scripts (test_fences.py): two scripts stand for all
+    five. Marked `slots`, of what trm.py does for both recursive scripts: pretrain_trm.py stands for both. --kills=50 runs everything."""
     if config.getoption('--kills') < 50:
-        left_out = [item for item in items if item.get_closest_marker('fenced') and item.callspec.params['case'] not in ('train_gpt2', 'train_latent_prm')]
+        left_out = [item for item in items if item.get_closest_marker('fenced') and item.callspec.params['case'] not in ('train_gpt2', 'train_latent_prm')
+                    or item.get_closest_marker('slots') and item.callspec.params['case'] == 'finetune_addition']
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in set(left_out)]
 

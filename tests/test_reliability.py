@@ -203,8 +203,8 @@ CASES = dict(
 )
 
 
-# Tests marked `fenced` need nothing but the blocks that are the same text in all scripts: the short form runs them with a checkpoint that is a file and with one that is a
-# folder, --kills=50 with all five (see conftest.py).
+# Tests marked `fenced` need nothing but the blocks that are the same text in all scripts: the short form runs them with a checkpoint that is a file
+# and with one that is a folder, --kills=50 with all five; those marked `slots` run with pretrain_trm.py for both recursive scripts (see conftest.py).
 # ---- a bench: a script, a folder to run it in, finished runs to compare with ------------------------------------------
 @pytest.fixture(scope='module', params=CASES)
 def case(request):
@@ -421,6 +421,7 @@ def test_stops_within_an_epoch_and_across_epochs_and_shards(bench, settings, sto
     same(bench, expected)
 
 
+@pytest.mark.slots
 def test_num_workers_does_not_matter(bench):
     go(bench, num_workers=0).ok()
     same(bench, straight(bench))
@@ -529,6 +530,7 @@ def seen(bench, ranks=1):
     return [row for micro_steps in zip(*lines, strict=True) for rows in micro_steps for row in rows]
 
 
+@pytest.mark.slots
 @pytest.mark.parametrize('before, after', [(0, 2), (2, 0)])
 def test_resume_with_another_number_of_ranks(bench, before, after):
     settings = dict(dropout=0, log_interval=1)
@@ -735,6 +737,7 @@ def test_a_fresh_start_in_a_used_folder_is_refused(bench):
     assert tree(folder) == before
 
 
+@pytest.mark.slots
 @pytest.mark.parametrize('verb', ['--auto_resume', '--resume'])
 def test_resume_where_nothing_is_begins_and_else_continues(bench, verb):
     go(bench, verb).ok()
@@ -831,6 +834,7 @@ def test_an_evaluation_by_path_writes_beside_its_checkpoint(bench):
     assert [f['step'] for f in found] == [2, 6] and not (bench.cwd / 'run').exists()
 
 
+@pytest.mark.slots
 @pytest.mark.parametrize('form', ['{"model": weights}', 'weights'])
 def test_a_file_of_weights_alone(bench, form):
     stored = load(checkpoint(bench, 8, straight(bench)))
@@ -1019,6 +1023,7 @@ def test_a_second_signal_ends_at_once(bench):
     same(bench, straight(bench))
 
 
+@pytest.mark.slots
 @pytest.mark.parametrize('verb', ['--eval_only', '--generate=He'])
 def test_a_signal_while_evaluating_alone(bench, verb):
     if 'generate' in verb and not bench.case.sampler:
@@ -1032,6 +1037,7 @@ def test_a_signal_while_evaluating_alone(bench, verb):
 
 
 # ---- 9. looking does not change ------------------------------------------------------------------------------------
+@pytest.mark.slots
 @pytest.mark.parametrize('ranks', [0, 2])
 def test_intervals_do_not_change_the_training(bench, ranks):
     names = ('eval_interval', 'generate_interval', 'checkpoint_interval')
@@ -1063,6 +1069,7 @@ def farthest(a, b):
     return max((distance(name), name) for name in a)
 
 
+@pytest.mark.slots
 @pytest.mark.parametrize('dtype, near', [('float32', 1e-5), ('float64', 1e-6)])
 def test_ranks_and_micro_batches_do_not_change_the_training(bench, dtype, near):
     prelude, found = f'import torch; torch.set_default_dtype(torch.{dtype})\n' + hook(bench, record(bench)), []
@@ -1178,6 +1185,7 @@ for name in ('getaddrinfo', 'gethostbyname'):
 """
 
 
+@pytest.mark.slots
 def test_nothing_touches_the_network(bench):
     shutil.copytree(bench.home.folder / 'data', bench.cwd / 'foreign')
     bench.case.foreign(bench.cwd / 'foreign')
@@ -1285,6 +1293,7 @@ def test_wandb_that_is_not_installed(bench):
     assert 'wandb' in go(bench, '--wandb_log', prelude=prelude).one_line(2)
 
 
+@pytest.mark.slots
 def test_a_signal_in_the_evaluation_of_the_last_step(bench):
     """No update follows the resume, and still all of its checkpoint is that of the straight run."""
     last = 8 * micro(bench, 0)
