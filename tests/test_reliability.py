@@ -405,6 +405,7 @@ def test_killed_at_random_moments(bench, kills, ranks):
     same(bench, expected)
 
 
+@pytest.mark.slots
 @pytest.mark.parametrize('settings, stops', [
     (dict(data_root='few', num_workers=2), (1, 1, 2)),  # 8 steps are 2.5 epochs of two shards
     (dict(data_root='few', num_workers=0), (3, 2)),
@@ -910,6 +911,7 @@ def test_a_checkpoint_beyond_max_steps(bench):
 
 
 # ---- 7. not a number -----------------------------------------------------------------------------------------------
+@pytest.mark.slots
 @pytest.mark.parametrize('ranks', [0, 2])
 @pytest.mark.parametrize('poison', [
     'result = result + math.nan',                              # the loss alone, its gradients are good
@@ -958,12 +960,13 @@ def paused(bench, phase, ranks):
     return hook(bench, f'if {condition.replace("MICRO", str(micro(bench, ranks)))}: pause()'), newest
 
 
+@pytest.mark.slots
 @pytest.mark.parametrize('phase, number, ranks, to', [
     *((phase, signal.SIGTERM, 0, 0) for phase in [*PHASES, 'saving', 'saving best']),
     *((phase, signal.SIGINT, 0, 0) for phase in ('training', 'sampling', 'saving')),
-    *((phase, signal.SIGTERM, 2, 0) for phase in ('training', 'sampling')),
-    *((phase, signal.SIGTERM, 2, 1) for phase in ('training', 'evaluation', 'saving')),
-    *((phase, signal.SIGINT, 2, None) for phase in ('training', 'evaluation', 'first evaluation', 'saving')),
+    *(pytest.param(phase, number, 2, to, marks=pytest.mark.fenced) for number, to, phases in (
+        (signal.SIGTERM, 0, ('training', 'sampling')), (signal.SIGTERM, 1, ('training', 'evaluation', 'saving')),
+        (signal.SIGINT, None, ('training', 'evaluation', 'first evaluation', 'saving'))) for phase in phases),
 ])
 def test_signal(bench, phase, number, ranks, to):
     if phase == 'sampling' and not bench.case.sampler:
