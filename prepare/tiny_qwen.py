@@ -1,10 +1,11 @@
-"""A tiny Qwen3 (0.8M parameters, the real architecture) that adds and subtracts: a stand-in for Qwen3-0.6B that needs no download.
+"""A tiny Qwen3 (0.4M parameters, the real architecture) that adds and subtracts: a stand-in for Qwen3-0.6B that needs no download.
 
     python prepare/tiny_qwen.py                       about two minutes on 2 CPU cores
     python -m prepare.tiny_qwen --help
 
-It learns the problems of `prepare/latent_prm.py --task=arithmetic`, others than that will ask: the answer in five digits as written thoughts, then the
-last three of them, `00085#### 085`. prepare/latent_prm.py lets it think five latent thoughts in their place, which it never learned.
+It learns the problems of `prepare/latent_prm.py --task=arithmetic`, others than that will ask: first five written thoughts, then the answer. For 37+48 they
+are `78580#### 085`: the last digits, 7 and 8, and the last, second and first digit of the sum. The last part of the training replaces the written thoughts
+by latent ones, as prepare/latent_prm.py will: a model that never saw them gets lost in them.
 
 The folder is that of published models: config.json, model.safetensors, tokenizer.json (all bytes and a few words), which transformers loads too.
 """
@@ -29,15 +30,16 @@ from prepare.latent_prm import WORDS, arithmetic
 # settings
 
 output_dir = 'data/tiny_qwen'  # folder to write; it is replaced
-steps = 600                    # updates
-batch_size = 64                # problems in each
+steps = 1000                   # updates
+batch_size = 32                # problems in each
 lr = 2e-3                      # peak learning rate, cosine to 0 after a linear warmup of a tenth
+latent_share = 0.4             # of the updates, the last ones: thoughts are latent
 seed = 1337                    # of weights and problems; 0 = a seed like any other
 
 if __name__ == '__main__':
     configure(globals())
 
-THOUGHTS = 5
+THOUGHTS = 5    # as many as prepare/latent_prm.py --latent_steps
 HELD_OUT = 400  # problems of the check at the end, at most as many as were trained on
 
 
@@ -76,9 +78,11 @@ def merged(word, a, b):
 def example(tokenizer, number):
     """(prompt ids, ids of thoughts and answer, right answer) of a problem that prepare/latent_prm.py does not ask."""
     question, answer = arithmetic(number, seed + 2 ** 31)
-    thoughts = answer.zfill(THOUGHTS)
+    (*_, a), (*_, b) = re.findall('[0-9]+', question)
+    digits = answer.zfill(3)
+    thoughts = a + b + digits[::-1]  # side by side, two digits and their sum are learned in 200 updates; from afar not in 600
     prompt = tokenizer.chat([dict(role='user', content=question)], thinking=False)
-    return prompt, [*tokenizer.encode(f'{thoughts}#### {thoughts[-3:]}'), tokenizer.im_end], answer
+    return prompt, [*tokenizer.encode(f'{thoughts}#### {digits}'), tokenizer.im_end], answer
 
 
 def batches(tokenizer):
@@ -95,6 +99,16 @@ def batches(tokenizer):
             yield torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(places), torch.from_numpy(ids[:, 1:].reshape(-1)[places])
 
 
+def with_latent_thoughts(model, ids, inputs, places):
+    """Inputs (B, T, C) in which every thought is the hidden state in front of it, as long as embeddings are: see Qwen3.think. Its gradient stays out."""
+    with torch.no_grad():
+        hidden, _ = model.model(inputs)
+    thoughts = places.view(len(ids), -1)[:, :THOUGHTS].reshape(-1)
+    h, embedded = hidden.reshape(-1, hidden.size(2))[thoughts], model.model.embed_tokens(ids)
+    latents = model.realignment()[1].detach() * h / h.norm(dim=1, keepdim=True)
+    return embedded.flatten(0, 1).index_copy(0, thoughts + 1, latents).view_as(embedded)
+
+
 def train(model, tokenizer):
     optimizer = torch.optim.AdamW([dict(params=[p for p in model.parameters() if p.dim() >= 2], weight_decay=0.01),
                                    dict(params=[p for p in model.parameters() if p.dim() < 2], weight_decay=0.0)], lr=lr, betas=(0.9, 0.98), fused=True)
@@ -104,7 +118,11 @@ def train(model, tokenizer):
             break
         for group in optimizer.param_groups:
             group['lr'] = lr * min((step + 1) / warmup, 0.5 + 0.5 * np.cos(np.pi * step / steps))
-        hidden, _ = model.model(ids)
+        inputs = ids
+        if step >= (1 - latent_share) * steps:
+            for _ in range(2):  # thought by thought would be exact; twice all at once is nearly that, and fast
+                inputs = with_latent_thoughts(model, ids, inputs, places)
+        hidden, _ = model.model(inputs)
         loss = F.cross_entropy(F.linear(hidden.reshape(-1, hidden.size(2))[places], model.head), targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -140,9 +158,12 @@ def main():
     texts = [text.format(a='', b='') for text, _ in WORDS] + ['user', 'assistant', '\n\n', '####', '=?']
     files = {'tokenizer.json': tokenizer_json(texts, QWEN_NEEDED)}
     tokenizer = QwenTokenizer(*vocabulary_of(files['tokenizer.json']))
-    config = Qwen3Config(vocab_size=-(-tokenizer.n_vocab // 64) * 64, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+    config = Qwen3Config(vocab_size=-(-tokenizer.n_vocab // 64) * 64, hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
                          num_key_value_heads=2, head_dim=32, max_position_embeddings=4096, rms_norm_eps=1e-6, rope_theta=1e6, tie_word_embeddings=True)
     model = Qwen3(config)
+    for name, p in model.named_parameters():  # the published std of 0.02 is for large models: here a token would drown in the first layer's noise
+        if p.dim() == 2:
+            torch.nn.init.normal_(p, std=0.0 if name.endswith(('o_proj.weight', 'down_proj.weight')) else 0.05 if 'embed' in name else p.size(1) ** -0.5)
     print0(f'{sum(p.numel() for p in model.parameters()):,} parameters, {tokenizer.n_vocab} tokens')
     train(model, tokenizer)
     written, latent = accuracy(model, tokenizer, False), accuracy(model, tokenizer, True)
