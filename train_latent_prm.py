@@ -4,7 +4,7 @@ What to expect: README.md has the measured table (model, paths, hardware, within
 
 Laptop CPU, no download (a tiny Qwen3 that adds numbers, five minutes):
     python prepare/tiny_qwen.py
-    python prepare/latent_prm.py --task=arithmetic --model_path=data/tiny_qwen --max_samples=1000 --max_new_tokens=16
+    python prepare/latent_prm.py --task=arithmetic --model_path=data/tiny_qwen --max_samples=4000 --max_new_tokens=16 --num_paths=8
     python train_latent_prm.py --preset=tiny
 One GPU (16 GB for short latents, see README.md):
     python prepare/latent_prm.py
@@ -228,7 +228,7 @@ elif checkpoint:
 # ---- derived -------------------------------------------------------------------------------------------------------
 config.assign('output_dir', run_dir)
 config.fill({
-    'tiny': dict(model_path='data/tiny_qwen', num_epochs=3, batch_size=64, gradient_accumulation_steps=1, learning_rate=1e-3, dropout_prob=0.0,
+    'tiny': dict(model_path='data/tiny_qwen', num_epochs=2, batch_size=64, gradient_accumulation_steps=1, learning_rate=1e-3, dropout_prob=0.0,
                  question_context=True, val_steps=-1),
     'qwen': {},
 }[preset])

@@ -310,7 +310,7 @@ def test_a_broken_model_is_said(go, qwen, tmp_path):
 def test_tiny_qwen_is_a_published_folder(launcher, tmp_path):
     transformers = pytest.importorskip('transformers')
     out = launcher.run('prepare/tiny_qwen.py', ['--steps=2', '--batch_size=4', '--output_dir=models/tiny'], cwd=tmp_path).ok().out
-    assert re.search(r'\b8\d\d,\d{3} parameters', out) and 'with latent thoughts' in out
+    assert '434,944 parameters' in out and 'with latent thoughts' in out
     folder = tmp_path / 'models/tiny'
     assert sorted(path.name for path in folder.iterdir()) == ['config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json']
     theirs, ours = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), Qwen3.from_pretrained(str(folder))
@@ -322,6 +322,25 @@ def test_tiny_qwen_is_a_published_folder(launcher, tmp_path):
     launcher.run('prepare/tiny_qwen.py', ['--steps=1', '--batch_size=4', '--output_dir=models/tiny'], cwd=tmp_path).ok()  # it is replaced
     (folder / 'mine.txt').write_text('')
     assert 'holds something else' in launcher.run('prepare/tiny_qwen.py', ['--steps=1', '--output_dir=models/tiny'], cwd=tmp_path).one_line()
+
+
+def test_thoughts_in_training_are_those_of_thinking(qwen):
+    """As many rounds as thoughts make them exactly what Qwen3.think gives without noise, behind a question whose row is padded, too."""
+    from prepare import tiny_qwen
+    model = Qwen3.from_pretrained(str(qwen))
+    prompts, answer = [[1, 2, 3, 4], [5, 6, 7, 8, 9, 10]], [11, 12, 13, 14, 15, 16, 17]
+    longest = max(map(len, prompts)) + len(answer)
+    ids = torch.tensor([prompt + answer + [0] * (longest - len(prompt) - len(answer)) for prompt in prompts])
+    places = torch.tensor([row * longest + len(prompt) - 1 + i for row, prompt in enumerate(prompts) for i in range(len(answer))])
+    inputs = ids
+    for _ in range(tiny_qwen.THOUGHTS):
+        inputs = tiny_qwen.with_latent_thoughts(model, ids, inputs, places)
+    assert torch.equal(inputs[1, :6], model.model.embed_tokens(ids[1, :6]))
+    for prompt, row in zip(prompts, inputs, strict=True):
+        with torch.no_grad():
+            _, hidden, cache = model(torch.tensor([prompt]))
+        latents, _, _ = model.think(hidden[:, -1], cache, tiny_qwen.THOUGHTS, [None], lambda step: [])
+        assert torch.allclose(row[len(prompt):len(prompt) + tiny_qwen.THOUGHTS], latents[0], atol=1e-5)
 
 
 def speed(folder, questions=8, paths=16):
