@@ -2,7 +2,7 @@
 
     python prepare/latent_prm.py                                                  Qwen3-0.6B on 50 questions of GSM8K's training set (downloads both)
     python prepare/latent_prm.py --input=train.jsonl --model_path=/path/to/Qwen3-0.6B --max_samples=1000
-    python prepare/tiny_qwen.py && python prepare/latent_prm.py --task=arithmetic --model_path=data/tiny_qwen --max_samples=4000 --max_new_tokens=16 --num_paths=8
+    python prepare/tiny_qwen.py && python prepare/latent_prm.py --task=arithmetic --model_path=data/tiny_qwen --max_samples=4000 --max_new_tokens=16
     python -m prepare.latent_prm --help
 
 The prompt is read once. Then num_paths copies of its key-value cache go ways of their own: latent_steps times the last hidden state, noise added, is the
