@@ -339,7 +339,7 @@ def test_thoughts_in_training_are_those_of_thinking(qwen):
     for prompt, row in zip(prompts, inputs, strict=True):
         with torch.no_grad():
             _, hidden, cache = model(torch.tensor([prompt]))
-        latents, _, _ = model.think(hidden[:, -1], cache, tiny_qwen.THOUGHTS, [None], lambda step: [])
+        latents, _, _ = model.think(hidden[:, -1], cache, tiny_qwen.THOUGHTS, [None], lambda step: [], (None, model.realignment()[1]))
         assert torch.allclose(row[len(prompt):len(prompt) + tiny_qwen.THOUGHTS], latents[0], atol=1e-5)
 
 
