@@ -16,14 +16,19 @@ def pytest_addoption(parser):
     parser.addoption('--fuzz', type=int, default=100, help='inputs to each fuzz test (2000 for the long form)')
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config, items):
-    """The short form of the reliability tests. Of the fenced blocks, which are the same text in all scripts (test_fences.py): two scripts stand for all
+    """Which tests keep together on one of pytest-xdist's workers: those of a file or, in test_reliability.py, of a script, for they share finished runs.
+
+    The short form of the reliability tests. Of the fenced blocks, which are the same text in all scripts (test_fences.py): two scripts stand for all
     five. Marked `slots`, of what trm.py does for both recursive scripts: pretrain_trm.py stands for both. --kills=50 runs everything."""
     if config.getoption('--kills') < 50:
         left_out = [item for item in items if item.get_closest_marker('fenced') and item.callspec.params['case'] not in ('train_gpt2', 'train_latent_prm')
                     or item.get_closest_marker('slots') and item.callspec.params['case'] == 'finetune_addition']
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in set(left_out)]
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(item.callspec.params['case'] if 'case' in getattr(item, 'fixturenames', ()) else item.path.name))
 
 
 @pytest.fixture
