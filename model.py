@@ -1479,6 +1479,7 @@ class QwenLatentPRM(nn.Module):
                                                           'latents alone: leave out question_ids, or make it with question_context=True'))
         L, counts = latents.size(1), there.sum(1, keepdim=True)
         order = (~there).long().sort(dim=1, stable=True).indices  # what is there first, padding behind it
+        latents = latents.masked_fill(~there.unsqueeze(2), 0)  # 0 x NaN is NaN, even where nobody looks
         x = latents.gather(1, order.unsqueeze(2).expand_as(latents))
         valid = torch.arange(L, device=device) < counts
         if question_ids is None:
@@ -1572,7 +1573,7 @@ def open_paths(folder, max_seq_length=0, own_answers=False):
                     if latents.size(1) != (hidden_size or latents.size(1)):
                         raise ValueError(f'its latents have {latents.size(1)} numbers, those before it {hidden_size}')
                     hidden_size = latents.size(1)
-                    if not bool(latents.isfinite().all()):
+                    if not bool(latents.float().isfinite().all()):
                         raise ValueError('its latents are not all finite numbers (NaN or infinity)')
                     score, right = float(score), None if right is None else float(right)
                     if not 0 <= score <= 1:
@@ -1622,7 +1623,7 @@ def vote(answers, weights, right):
             total, count, hits = sums.get(answer, (0.0, 0, 0.0))
             sums[answer] = total + weight, count + 1, hits + correct
     best = max((total for total, _, _ in sums.values()), default=0.0)
-    return float(np.mean([hits / count for total, count, hits in sums.values() if total >= best - 1e-9] or [0.0]))
+    return float(np.mean([hits / count for total, count, hits in sums.values() if total >= best * (1 - 1e-9)] or [0.0]))
 
 
 def judged(scores, paths, resamples=0):

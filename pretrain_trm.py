@@ -530,7 +530,7 @@ try:
         known = checkpoint['ranks'][rank] if rank < len(checkpoint['ranks']) else None
         load_rank_state(known)
         reseeded = known is None or not set_generator_states(known['rng'], device_type)
-except (ValueError, RuntimeError, TypeError, KeyError, IndexError, AttributeError) as error:  # what a file that does not fit provokes
+except (ValueError, RuntimeError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as error:  # what a file that does not fit provokes
     fail(f'{checkpoint_file} does not fit: {"no entry " if isinstance(error, KeyError) else ""}{str(error)[:400]}')
 if reseeded:
     seed_generators(seed, rank, start_step)

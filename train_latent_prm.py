@@ -119,7 +119,7 @@ def step_of(path):
     """The step of the checkpoint in a folder, without reading all of it; -1 if there is none."""
     try:
         return int(read_whole(os.path.join(path, 'training_state.json'))['step'])
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, OverflowError):
         return -1
 
 def folders(pattern):
@@ -128,6 +128,8 @@ def folders(pattern):
     steps = {path: step_of(path) for path in found if re.fullmatch(pattern, os.path.basename(path))}
     return {path: step for path, step in steps.items() if step >= 0}
 
+if 'ask' in typed_now and not ask.strip():
+    fail('--ask: the question is empty')
 read_only = eval_only or ask != ''       # these modes read a checkpoint and start no run
 lenient = False                          # True: a typed checkpoint that cannot be read is a warning, not the end
 runs = [os.path.dirname(os.path.dirname(path)) for path in glob.glob(os.path.join('checkpoints', 'qwen_prm_*', '*', 'training_state.json'))]
@@ -418,7 +420,13 @@ def next_batch(step, micro_step):
 # ---- model ---------------------------------------------------------------------------------------------------------
 try:
     model_folder = find_model(model_path)
-    hidden_size = Qwen3Config.from_json(read_whole(os.path.join(model_folder, 'config.json'))).hidden_size
+    qwen = Qwen3Config.from_json(read_whole(os.path.join(model_folder, 'config.json')))
+    hidden_size, positions = qwen.hidden_size, qwen.max_position_embeddings
+    if not ask and full_lengths.max(initial=0) > positions:
+        raise ValueError(f'a path of {data_dir} is {full_lengths.max()} long, this model has {positions} positions: a smaller --max_seq_length fits')
+    for question in questions if question_context and not ask else ():
+        if len(question['ids']) and not 0 <= int(question['ids'].min()) <= int(question['ids'].max()) < qwen.vocab_size:
+            raise ValueError(f'{data_dir}: the question_ids of {question["text"][:60]!r} are not all in 0 to {qwen.vocab_size - 1}')
     if not ask and facts['hidden_size'] != hidden_size:
         raise ValueError(f'the latents in {data_dir} are {facts["hidden_size"]} wide, the hidden size of this model is {hidden_size}: they were collected from '
                          'another one (Qwen3-0.6B has 1024, Qwen2.5-0.5B 896)')
@@ -454,6 +462,8 @@ def load_training(checkpoint):
     load_optimizer_state(raw_model, optimizers, checkpoint['optimizer'])  # the present decay and betas stay
     if checkpoint['scaler'] and scaler.is_enabled():
         scaler.load_state_dict(checkpoint['scaler'])
+    if any(checkpoint['config'].get(name) != config[name] for name in ('best_metric', 'loss')):
+        checkpoint['best_score'] = math.inf  # scores of another kind cannot be compared
     there, here = checkpoint['train_loader_state'], loader_state(checkpoint['step'])
     for name in ('seed', 'max_seq_length', 'use_prm_score', 'files'):
         if there[name] != here[name]:
@@ -566,7 +576,7 @@ try:
         known = checkpoint['ranks'][rank] if rank < len(checkpoint['ranks']) else None
         load_rank_state(known)
         reseeded = known is None or not set_generator_states(known['rng'], device_type)
-except (ValueError, RuntimeError, TypeError, KeyError, IndexError, AttributeError) as error:  # what a file that does not fit provokes
+except (ValueError, RuntimeError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as error:  # what a file that does not fit provokes
     fail(f'{checkpoint_file} does not fit: {"no entry " if isinstance(error, KeyError) else ""}{str(error)[:400]}')
 if reseeded:
     seed_generators(seed, rank, start_step)
@@ -691,10 +701,18 @@ if ask:
     collected = sorted(glob.glob(os.path.join(glob.escape(data_dir), '*_metadata.json')))
     if not collected:
         print0(f'WARNING: {data_dir} holds no *_metadata.json: the paths are thought with the default settings of prepare/latent_prm.py')
-    known = read_whole(collected[0]) if collected else {}
-    for name in ('task', 'latent_steps', 'agents', 'num_parent_paths', 'diversity_strategy', 'noise_scale', 'latent_space_realign', 'temperature', 'top_p',
-                 'max_new_tokens', 'thinking', 'instruction'):  # as those paths that the scores were learned from
-        setattr(collect, name, known.get(name, getattr(collect, name)))
+    try:
+        known = read_whole(collected[0]) if collected else {}
+        for name in ('task', 'latent_steps', 'agents', 'num_parent_paths', 'diversity_strategy', 'noise_scale', 'latent_space_realign', 'temperature', 'top_p',
+                     'max_new_tokens', 'thinking', 'instruction'):  # as those paths that the scores were learned from
+            usual = getattr(collect, name)
+            value = known.get(name, usual)
+            like = type(value) is type(usual) or type(usual) is float and type(value) is int
+            if not like or type(usual) in (int, float) and not (0 if type(usual) is float else 1) <= value < math.inf:
+                raise ValueError(f'{name} is {value!r:.60}')
+            setattr(collect, name, value)
+    except (OSError, ValueError, AttributeError) as error:
+        fail(f'{collected[0]}: {error}')
     collect.num_paths, collect.num_rollouts, collect.model_path, collect.device, collect.seed = num_paths, 1, model_folder, device, seed
     thinker, tokenizer = collect.open_model()
     matrix, norm = thinker.realignment()
@@ -703,8 +721,10 @@ if ask:
     if longest > room:
         fail(f'--ask: the question, its thoughts and the answer can be {longest} tokens long, the model has {room} positions')
     realignment = matrix if collect.latent_space_realign else None, norm
-    thoughts = collect.explore(thinker, tokenizer, [zlib.crc32(ask.encode())], [prompts], realignment, num_paths)[0][-1]
-    inputs = padded_paths([path['latents'].flatten(0, 1) for path in thoughts], [torch.tensor(prompts[0])] * num_paths if question_context else None)
+    number = zlib.crc32(ask.encode(errors='surrogatepass'))
+    thoughts = collect.explore(thinker, tokenizer, [number], [prompts], realignment, num_paths)[0][-1]
+    latents = [path['latents'].flatten(0, 1)[-max_seq_length:] for path in thoughts]
+    inputs = padded_paths(latents, [torch.tensor(prompts[0])] * num_paths if question_context else None)
     scores, by_step = raw_model.predict_scores(*inputs).tolist(), raw_model.step_scores(*inputs).tolist()
     said = [path['answers'][0][:2] for path in thoughts]  # text, answer
     order = sorted(range(num_paths), key=lambda i: -scores[i])
@@ -722,7 +742,12 @@ if eval_only:
     if not len(val_rows):
         fail('--eval_only: no questions are held out, --val_size is 0 (1 = all)')
     step = checkpoint.get('step', 0)
+    there, here = checkpoint.get('train_loader_state', {}), loader_state(step)
+    if there and (any(there.get(name) != here[name] for name in ('seed', 'files')) or checkpoint['config'].get('val_size') != val_size):
+        print0('WARNING: not the data, the seed and the val_size of the training: some of these questions may have been learned from')
     report, table = evaluate(full=True)
+    if not math.isfinite(report['val_loss']):
+        fail(f'{checkpoint_file}: its scores are not finite', 1)
     say(step, report)
     print0('\n'.join(table_lines(table)))
     write_beside(os.path.join(os.path.dirname(os.path.normpath(checkpoint_file)), 'eval.json'), dict(

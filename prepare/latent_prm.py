@@ -110,7 +110,7 @@ def questions():
         return [(f'arithmetic_{i}', *arithmetic(i, seed)) for i in range(max_samples)], dict(source=f'arithmetic, seed {seed}', sha256_source='')
     if input and not os.path.isfile(input):
         fail(f'--input: {input} ' + ('is a folder: name the file in it' if os.path.isdir(input) else 'does not exist'))
-    if (split == 'test' or 'test' in os.path.basename(input)) and not allow_test:
+    if (split == 'test' or re.search('(?<![a-z])test(?![a-z])', os.path.basename(input).lower())) and not allow_test:
         fail(f'{input or "GSM8K"}: this is a test set. What is trained on it cannot be measured on it; --allow_test reads it all the same')
     source = input or URL.format(split)
     content = Path(input).read_bytes() if input else download_bytes(source)

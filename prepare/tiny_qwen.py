@@ -3,9 +3,9 @@
     python prepare/tiny_qwen.py                       about two minutes on 2 CPU cores
     python -m prepare.tiny_qwen --help
 
-It learns the problems of `prepare/latent_prm.py --task=arithmetic`, others than that will ask: first five written thoughts, then the answer. For 37+48 they
-are `78580#### 085`: the last digits, 7 and 8, and the last, second and first digit of the sum. The last part of the training replaces the written thoughts
-by latent ones, as prepare/latent_prm.py will: a model that never saw them gets lost in them.
+It learns the problems of `prepare/latent_prm.py --task=arithmetic`, drawn with another seed; there are 24,390, so most of those that will be asked occur.
+First come five written thoughts, then the answer. For 37+48 they are `78580#### 085`: the last digits, 7 and 8, and the last, second and first digit of the
+sum. The last part of the training replaces the written thoughts by latent ones, as prepare/latent_prm.py will: a model that never saw them gets lost in them.
 
 The folder is that of published models: config.json, model.safetensors, tokenizer.json (all bytes and a few words), which transformers loads too.
 """
@@ -76,7 +76,7 @@ def merged(word, a, b):
 
 
 def example(tokenizer, number):
-    """(prompt ids, ids of thoughts and answer, right answer) of a problem that prepare/latent_prm.py does not ask."""
+    """(prompt ids, ids of thoughts and answer, right answer) of a problem, drawn with another seed than those of prepare/latent_prm.py."""
     question, answer = arithmetic(number, seed + 2 ** 31)
     (*_, a), (*_, b) = re.findall('[0-9]+', question)
     digits = answer.zfill(3)
@@ -133,7 +133,7 @@ def train(model, tokenizer):
 
 
 def accuracy(model, tokenizer, latent):
-    """Share of held-out problems that are answered rightly, by the likeliest tokens: with written or with latent thoughts."""
+    """Share of newly drawn problems, most of which occurred in training, answered rightly, by the likeliest tokens: with written or with latent thoughts."""
     groups, right, held_out = {}, 0, min(HELD_OUT, steps * batch_size)
     for i in range(held_out):
         prompt, _, answer = example(tokenizer, steps * batch_size + 8 * batch_size + i)
@@ -167,7 +167,7 @@ def main():
     print0(f'{sum(p.numel() for p in model.parameters()):,} parameters, {tokenizer.n_vocab} tokens')
     train(model, tokenizer)
     written, latent = accuracy(model, tokenizer, False), accuracy(model, tokenizer, True)
-    print0(f'right answers to held-out problems: with written thoughts {written:.3f}, with latent thoughts {latent:.3f}')
+    print0(f'right answers to newly drawn problems: with written thoughts {written:.3f}, with latent thoughts {latent:.3f}')
     files['tokenizer_config.json'] = dict(tokenizer_class='Qwen2Tokenizer', eos_token='<|im_end|>', pad_token='<|endoftext|>', model_max_length=4096)
     folder.parent.mkdir(parents=True, exist_ok=True)
     write_whole(str(folder), {**files, **model.files()})

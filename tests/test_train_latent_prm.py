@@ -114,6 +114,38 @@ def test_bad_data_end_the_run_before_the_model_is_loaded(trains, tmp_path, ranks
     assert err.startswith('✗ ERROR: ') and BAD[case][1] in err and 'nowhere' not in err and not (tmp_path / 'run').exists()
 
 
+@pytest.mark.parametrize('ids', [320, -1])
+def test_ids_and_lengths_that_the_model_does_not_have(trains, tmp_path, ids):
+    for file in shards(tmp_path / 'data')[:1]:
+        edit(file, lambda path, question, stored: question.update(question_ids=torch.tensor([1, ids])))
+    assert 'are not all in 0 to ' in trains('--question_context').one_line() and not (tmp_path / 'run').exists()
+    edit(tmp_path / 'data' / file.name, lambda path, question, stored: path.update(latent_history=torch.zeros(600, 1, 16), num_latent_steps=600))
+    assert 'is 600 long, this model has ' in trains('--max_seq_length=0').one_line()
+
+
+def test_other_questions_than_those_held_out_are_told(trains, tmp_path):
+    trains('--max_steps=1').ok()
+    best = trains('--eval_only', '--checkpoint_path=run/final').ok()
+    assert 'WARNING: not the data' not in best.out
+    shards(tmp_path / 'data')[1].unlink()
+    assert 'WARNING: not the data' in trains('--eval_only', '--checkpoint_path=run/final').ok().out
+
+
+def test_another_measure_begins_anew(trains, tmp_path):
+    trains('--max_steps=2', '--val_steps=1', '--best_metric=within_auc').ok()
+    assert load(tmp_path / 'run/checkpoint-2/training_state.json')['best_score'] <= 0
+    trains('--max_steps=4', '--val_steps=1', '--best_metric=val_loss', '--auto_resume').ok()
+    assert load(tmp_path / 'run/checkpoint-4/training_state.json')['best_score'] > 0
+
+
+@pytest.mark.parametrize('content', ['{"latent_steps": ', '[1]', '{"latent_steps": "5"}', '{"latent_steps": 0}'])
+def test_metadata_that_ask_cannot_use(trains, tmp_path, content):
+    trains('--max_steps=1').ok()
+    (tmp_path / 'data/x_metadata.json').write_text(content)
+    assert 'x_metadata.json' in trains('--ask=1+1=?', '--checkpoint_path=run/final').one_line()
+    assert 'the question is empty' in trains('--ask=').one_line()
+
+
 def test_latents_of_another_model(trains, tmp_path):
     make_qwen(tmp_path / 'wide', hidden_size=32)
     err = trains('--model_path=wide').one_line()
