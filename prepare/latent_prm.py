@@ -290,6 +290,9 @@ def main():
         if strange:  # the trainer would read it together with ours
             fail(f'{folder} already holds {strange[0].name} and no {meta_path.name}: choose another --output_dir or --name')
         meta = {**same, 'shards': []}
+    keys = {'name', 'num_questions', 'bytes', 'num_paths', 'num_samples', 'score_histogram', *METRICS}
+    if not all(isinstance(shard, dict) and keys <= shard.keys() and type(shard['num_questions']) is type(shard['bytes']) is int for shard in meta['shards']):
+        fail(f'{meta_path}: its list of shards is not ours: delete it and the shards to start again')
     listed = sum(shard['num_questions'] for shard in meta['shards'])
     if listed > len(asked):
         fail(f'{folder} already holds {listed} questions of this run, more than --max_samples={max_samples}: choose another --output_dir or --name')

@@ -264,6 +264,15 @@ def test_killed_while_writing(go):
             assert not differences(*(load(where / f'arithmetic_{k:05d}.pt') for where in (go.folder / 'straight', folder))), n
 
 
+def test_metadata_with_a_damaged_list_of_shards(go):
+    go('--output_dir=prm').ok()
+    path = go.folder / 'prm/arithmetic_metadata.json'
+    good = json.loads(path.read_text())
+    for shards in ([{}], [1], [{**good['shards'][0], 'bytes': 'x'}]):
+        path.write_text(json.dumps({**good, 'shards': shards}))
+        assert 'its list of shards is not ours' in go('--output_dir=prm').one_line()
+
+
 def test_a_full_disk(go):
     run = go('--output_dir=prm', files_limit=3000)
     assert 'prm' in run.one_line(code=1) and not list((go.folder / 'prm').glob('*.pt*'))
