@@ -253,7 +253,7 @@ def test_killed_while_writing(go):
     whole = go('--output_dir=count', *less, prelude=KILL_AT.format(n=0)).ok()
     count = len(re.search('operations: (.*)', whole.out)[1].split())
     assert count > 15
-    for n in range(1, count + 1, 3):
+    for n in range(1, count + 1, 5):
         assert go(f'--output_dir=k{n}', *less, prelude=KILL_AT.format(n=n)).codes == [-9]
         folder = go.folder / f'k{n}'
         for path in folder.glob('*.pt') if folder.exists() else []:

@@ -76,7 +76,7 @@ CASES = dict(
         draws=True,
         without=(),
         ends=(),
-        kills=1,
+        kills=3,
     ),
     finetune_dolly=dict(
         script='finetune_dolly.py',
