@@ -76,7 +76,7 @@ CASES = dict(
         draws=True,
         without=(),
         ends=(),
-        kills=3,
+        kills=1,
     ),
     finetune_dolly=dict(
         script='finetune_dolly.py',
