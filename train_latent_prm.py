@@ -723,7 +723,7 @@ if ask:
     realignment = matrix if collect.latent_space_realign else None, norm
     number = zlib.crc32(ask.encode(errors='surrogatepass'))
     thoughts = collect.explore(thinker, tokenizer, [number], [prompts], realignment, num_paths)[0][-1]
-    latents = [path['latents'].flatten(0, 1)[-max_seq_length:] for path in thoughts]
+    latents = [path['latents'].flatten(0, 1)[-max_seq_length:] for path in thoughts]  # as in training; -0 = all
     inputs = padded_paths(latents, [torch.tensor(prompts[0])] * num_paths if question_context else None)
     scores, by_step = raw_model.predict_scores(*inputs).tolist(), raw_model.step_scores(*inputs).tolist()
     said = [path['answers'][0][:2] for path in thoughts]  # text, answer

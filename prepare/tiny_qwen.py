@@ -40,7 +40,7 @@ if __name__ == '__main__':
     configure(globals())
 
 THOUGHTS = 5    # as many as prepare/latent_prm.py --latent_steps
-HELD_OUT = 400  # problems of the check at the end, at most as many as were trained on
+CHECKED = 400  # problems of the check at the end, at most as many as were trained on
 
 
 def tokenizer_json(texts, added):
@@ -80,7 +80,7 @@ def example(tokenizer, number):
     question, answer = arithmetic(number, seed + 2 ** 31)
     (*_, a), (*_, b) = re.findall('[0-9]+', question)
     digits = answer.zfill(3)
-    thoughts = a + b + digits[::-1]  # side by side, two digits and their sum are learned in 200 updates; from afar not in 600
+    thoughts = a + b + digits[::-1]  # side by side, two digits and their sum are learned in 600 updates; from afar the sum stayed at chance
     prompt = tokenizer.chat([dict(role='user', content=question)], thinking=False)
     return prompt, [*tokenizer.encode(f'{thoughts}#### {digits}'), tokenizer.im_end], answer
 
@@ -134,8 +134,8 @@ def train(model, tokenizer):
 
 def accuracy(model, tokenizer, latent):
     """Share of newly drawn problems, most of which occurred in training, answered rightly, by the likeliest tokens: with written or with latent thoughts."""
-    groups, right, held_out = {}, 0, min(HELD_OUT, steps * batch_size)
-    for i in range(held_out):
+    groups, right, checked = {}, 0, min(CHECKED, steps * batch_size)
+    for i in range(checked):
         prompt, _, answer = example(tokenizer, steps * batch_size + 8 * batch_size + i)
         groups.setdefault(len(prompt), []).append((prompt, answer))
     for rows in groups.values():
@@ -146,7 +146,7 @@ def accuracy(model, tokenizer, latent):
             _, hidden, cache = model.think(hidden, cache, THOUGHTS, [None] * len(rows), lambda step: [])
         spoken = model.speak(hidden, cache, torch.zeros(len(rows), length), 0, 1.0, tokenizer.n_vocab, tokenizer.ends)
         right += sum(answer_of(tokenizer.decode(ids)) == answer for (ids, _, _), (_, answer) in zip(spoken, rows, strict=True))
-    return right / held_out
+    return right / checked
 
 
 def main():

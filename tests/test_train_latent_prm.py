@@ -131,6 +131,15 @@ def test_other_questions_than_those_held_out_are_told(trains, tmp_path):
     assert 'WARNING: not the data' in trains('--eval_only', '--checkpoint_path=run/final').ok().out
 
 
+def test_nothing_behind_the_mask_and_no_small_weight_counts(tmp_path):
+    model = m.QwenLatentPRM(str(make_qwen(tmp_path / 'qwen') or tmp_path / 'qwen'))
+    latents, mask = torch.randn(2, 5, 16), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    expected = model.predict_scores(latents, mask)
+    latents[0, 3:] = math.nan
+    assert torch.equal(model.predict_scores(latents, mask), expected)
+    assert m.vote(['a', 'a', 'a', 'b'], [1e-10] * 4, [1, 1, 1, 0]) == 1 and m.vote(['a', 'b'], [0.5, 0.5], [1, 0]) == 0.5
+
+
 def test_another_measure_begins_anew(trains, tmp_path):
     trains('--max_steps=2', '--val_steps=1', '--best_metric=within_auc').ok()
     assert load(tmp_path / 'run/checkpoint-2/training_state.json')['best_score'] <= 0
