@@ -1246,6 +1246,9 @@ def read_qwen(source):
             if not torch.equal(head, weights.get('model.embed_tokens.weight', head[:0])):
                 raise ValueError('tie_word_embeddings is true, but its lm_head.weight differs from model.embed_tokens.weight')
             del weights['lm_head.weight']
+        layers = len({name.split('.')[2] for name in weights if name.startswith('model.layers.')})
+        if layers != config.num_hidden_layers:  # before they are built
+            raise ValueError(f'its weights have {layers} layers, config.json says {config.num_hidden_layers}')
         with torch.device('meta'):
             expected = {name: p.shape for name, p in Qwen3(config).state_dict().items()}
         for name in sorted(expected.keys() | weights.keys()):

@@ -124,6 +124,9 @@ lenient = False                          # True: a typed checkpoint that cannot 
 def checkpoint_path_of(step):
     return os.path.join(run_dir, 'model_best.pt' if step == 'best' else f'model_{step:05d}.pt')
 
+def newest_first():
+    return [checkpoint_path_of(step) for step in reversed(steps_on_disk())]
+
 def checkpoint_of(path):  # one dict, whatever the files; ValueError if it is damaged
     return read_gpt(path, whole=True)
 
@@ -170,7 +173,7 @@ checkpoint, checkpoint_file, damaged = None, '', set()
 reading = resume or auto_resume or read_only
 if checkpoint_path and not reading:
     fail(f'--checkpoint_path={checkpoint_path} does nothing by itself: add --resume to continue from it')
-for path in [checkpoint_path] if checkpoint_path else [checkpoint_path_of(s) for s in reversed(steps_on_disk())] if reading else []:
+for path in [checkpoint_path] if checkpoint_path else newest_first() if reading else []:
     checkpoint, problem = read_checkpoint(path)
     if checkpoint and 'step' not in checkpoint and not checkpoint_path and not read_only:
         checkpoint, problem = None, 'holds weights only'

@@ -132,13 +132,20 @@ if 'ask' in typed_now and not ask.strip():
     fail('--ask: the question is empty')
 read_only = eval_only or ask != ''       # these modes read a checkpoint and start no run
 lenient = False                          # True: a typed checkpoint that cannot be read is a warning, not the end
-runs = [os.path.dirname(os.path.dirname(path)) for path in glob.glob(os.path.join('checkpoints', 'qwen_prm_*', '*', 'training_state.json'))]
-going_on = output_dir == '' and (auto_resume or resume or read_only) and not checkpoint_path and runs
-run_dir = output_dir or (max(runs, key=os.path.getmtime) if going_on else os.path.join('checkpoints', 'qwen_prm_' + time.strftime('%Y%m%d_%H%M%S')))
+states = glob.glob(os.path.join('checkpoints', 'qwen_prm_*', '*', 'training_state.json'))
+run_dir = output_dir or os.path.join('checkpoints', 'qwen_prm_' + time.strftime('%Y%m%d_%H%M%S'))
+if not (output_dir or checkpoint_path) and (auto_resume or resume or read_only) and states:
+    run_dir = os.path.dirname(os.path.dirname(max(states, key=os.path.getmtime)))
 run_dir_typed, log_name = 'output_dir' in typed_now, 'training.log'
 
 def checkpoint_path_of(step):
     return os.path.join(run_dir, 'best' if step == 'best' else f'checkpoint-{step}')
+
+def newest_first():
+    """Those of epochs too: after the checkpoint-N of the same step, for they are never deleted."""
+    steps = {checkpoint_path_of(step): step for step in steps_on_disk()} | elsewhere
+    best = [checkpoint_path_of('best')] if ask and os.path.isdir(checkpoint_path_of('best')) else []
+    return best + sorted(steps, key=lambda path: (-steps[path], path in elsewhere))
 
 def checkpoint_of(path):  # one dict, whatever the files; ValueError if it is damaged
     if not os.path.isdir(path):
@@ -159,20 +166,8 @@ def checkpoint_of(path):  # one dict, whatever the files; ValueError if it is da
 
 if eval_only and ask:
     fail('--eval_only and --ask are launches of their own: give one')
-elsewhere, unreadable = folders(r'epoch_\d+|final'), []
-furthest = max(folders(r'checkpoint-\d+').values(), default=-1)
-if not checkpoint_path and ask and os.path.isdir(checkpoint_path_of('best')):
-    checkpoint_path = checkpoint_path_of('best')
-elif not checkpoint_path and (auto_resume or resume or read_only):
-    for path in sorted(elsewhere, key=lambda path: -elsewhere[path]):  # an epoch's checkpoint may be further than every checkpoint-N
-        try:
-            if elsewhere[path] > furthest and checkpoint_of(path):
-                checkpoint_path = path
-                break
-        except (ValueError, OSError, KeyError, TypeError) as error:
-            unreadable.append(path)
-            print0(f'WARNING: {path} cannot be read as a checkpoint ({error})')
-elif elsewhere and furthest < 0 and not (auto_resume or resume or read_only):
+elsewhere = folders(r'epoch_\d+|final')
+if elsewhere and not (checkpoint_path or auto_resume or resume or read_only or folders(r'checkpoint-\d+')):
     fail(f'{run_dir} already holds a run ({os.path.basename(min(elsewhere))}): add --auto_resume to continue it, or choose another folder for a new one')
 
 # ---- stored run (=) ------------------------------------------------------------------------------------------------
@@ -203,7 +198,7 @@ checkpoint, checkpoint_file, damaged = None, '', set()
 reading = resume or auto_resume or read_only
 if checkpoint_path and not reading:
     fail(f'--checkpoint_path={checkpoint_path} does nothing by itself: add --resume to continue from it')
-for path in [checkpoint_path] if checkpoint_path else [checkpoint_path_of(s) for s in reversed(steps_on_disk())] if reading else []:
+for path in [checkpoint_path] if checkpoint_path else newest_first() if reading else []:
     checkpoint, problem = read_checkpoint(path)
     if checkpoint and 'step' not in checkpoint and not checkpoint_path and not read_only:
         checkpoint, problem = None, 'holds weights only'
@@ -816,7 +811,7 @@ for step in range(start_step, max_steps + 1):
     wanted = [checkpoint_path_of(step)] if save_every > 0 and step % save_every == 0 or step in permanent or last else []
     wanted += [os.path.join(run_dir, f'epoch_{step // steps_per_epoch}')] if epoch_ended else []
     for path in [*wanted, *([os.path.join(run_dir, 'final')] if last else [])] if step else []:
-        if fresh or not everyone(os.path.isdir(path) and path not in unreadable)[0]:  # a run that was killed between two of them
+        if fresh or not everyone(os.path.isdir(path) and path not in damaged)[0]:  # a run that was killed between two of them
             save(path)
             print0(f'[Trainer] Checkpoint saved to: {path}')
     if last:

@@ -90,6 +90,7 @@ METRICS = ('accuracy', 'majority_vote', 'pass_at_n', 'mixed', 'ended', 'answered
 # questions
 
 WORDS = [('{a} apples and {b} more?', '+'), ('{a} pens, {b} lost?', '-')]
+ARITHMETIC = 2 * (90 * 90 + 90 * 91 // 2)  # that there are: sums and differences, in digits and in words
 
 
 def arithmetic(number, seed):
@@ -105,9 +106,14 @@ def arithmetic(number, seed):
 def questions():
     """([(id, question, right answer)], what the metadata calls their source)"""
     if task == 'arithmetic' and not input:
-        if not max_samples:
-            fail('--max_samples=0: arithmetic has no end, say how many')
-        return [(f'arithmetic_{i}', *arithmetic(i, seed)) for i in range(max_samples)], dict(source=f'arithmetic, seed {seed}', sha256_source='')
+        if max_samples > ARITHMETIC:
+            fail(f'--max_samples={max_samples}: there are {ARITHMETIC:,} arithmetic questions')
+        found, number = {}, 0
+        while len(found) < (max_samples or ARITHMETIC):  # none twice
+            question, answer = arithmetic(number, seed)
+            found.setdefault(question, answer)
+            number += 1
+        return [(f'arithmetic_{i}', *pair) for i, pair in enumerate(found.items())], dict(source=f'arithmetic, seed {seed}', sha256_source='')
     if input and not os.path.isfile(input):
         fail(f'--input: {input} ' + ('is a folder: name the file in it' if os.path.isdir(input) else 'does not exist'))
     if (split == 'test' or re.search('(?<![a-z])test(?![a-z])', os.path.basename(input).lower())) and not allow_test:

@@ -150,13 +150,20 @@ def test_sampling_draws_from_the_right_distribution(qwen):
     assert {ids[0] for ids, _, _ in said} == inside
 
 
-def test_arithmetic_problems():
+def test_arithmetic_problems(monkeypatch):
     kinds = set()
     for i in range(300):
         question, answer = collect.arithmetic(i, 3)
         a, b = map(int, re.findall(r'\d+', question))
         assert int(answer) == (a - b if '-' in question or 'lost' in question else a + b) >= 0
         kinds.add(re.sub(r'\d+', '', question))
+    monkeypatch.setattr(collect, 'max_samples', 3000)
+    monkeypatch.setattr(collect, 'task', 'arithmetic')
+    found, _ = collect.questions()
+    assert len({text for _, text, _ in found}) == len(found) == 3000 and len({collect.arithmetic(i, collect.seed)[0] for i in range(3000)}) < 3000
+    every = {WORD.format(a=a, b=b) for WORD, sign in [*collect.WORDS, ('{a}+{b}=?', '+'), ('{a}-{b}=?', '-')] for a in range(10, 100) for b in range(10, 100)
+             if sign == '+' or a >= b}
+    assert len(every) == collect.ARITHMETIC and {text for _, text, _ in found} < every
     assert len(kinds) == 4 and collect.arithmetic(5, 1) == collect.arithmetic(5, 1) != collect.arithmetic(5, 2)
 
 
@@ -282,7 +289,7 @@ ERRORS = [(['--model_path=nowhere'], 'nowhere does not exist and is no model of 
           (['--input=qwen'], 'is a folder'), (['--input=bad.jsonl'], 'bad.jsonl line 2: not JSON'), (['--input=keys.jsonl'], "line 1: found ['q'], expected an object with"),
           (['--input=list.jsonl'], 'found list'), (['--input=number.jsonl'], 'question: the text is int'), (['--input=empty.jsonl'], 'no questions'),
           (['--input=blank.jsonl'], 'no question or no answer'), (['--input=my_test.jsonl'], 'this is a test set'), (['--split=test', '--task=gsm8k'], 'this is a test set'),
-          (['--max_samples=0'], 'arithmetic has no end'), (['--top_p=0'], '--top_p'), (['--top_p=1.5'], '--top_p=1.5'), (['--name=a/b'], '--name=a/b'),
+          (['--max_samples=24391'], 'there are 24,390 arithmetic questions'), (['--top_p=0'], '--top_p'), (['--top_p=1.5'], '--top_p=1.5'), (['--name=a/b'], '--name=a/b'),
           (['--num_paths=0'], '--num_paths=0'), (['--latent_steps=0'], '--latent_steps=0'), (['--max_new_tokens=600'], '512 positions: --max_new_tokens='),
           (['--diversity_strategy=x'], 'must be one of temperature, noise, hybrid'), (['--task=x'], 'must be one of gsm8k, arithmetic'), (['--device=abacus'], '--device=abacus'),
           (['--dtype=float8'], '--dtype=float8'), (['--output_dir=bad.jsonl'], 'bad.jsonl')]

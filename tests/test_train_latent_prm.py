@@ -421,6 +421,10 @@ def test_an_epochs_checkpoint_is_resumed_from_if_there_is_nothing_newer(trains, 
         drop(tmp_path / 'run' / name)
     run = trains('--auto_resume', base=['--output_dir=run']).ok()
     assert 'WARNING: run/final cannot be read' in run.out and 'resumed from run/epoch_3' in run.out and load(tmp_path / 'run/final')['step'] == 12
+    (tmp_path / 'run/checkpoint-12/optimizer.pt').write_bytes(b'x')
+    drop(tmp_path / 'run/final')
+    run = trains('--auto_resume', base=['--output_dir=run']).ok()
+    assert 'WARNING: run/checkpoint-12 cannot be read' in run.out and 'resumed from run/epoch_3' in run.out and load(tmp_path / 'run/final')['step'] == 12
     run = trains('--resume', '--checkpoint_path=run/epoch_1', base=[]).ok()
     assert 'set aside too: run/final' in run.out and differences(load(tmp_path / 'straight/final'), load(tmp_path / 'run/final'), VOLATILE) == []
 
@@ -453,6 +457,9 @@ def test_a_run_that_nobody_named_is_found_again(trains, tmp_path):
     assert f'resumed from checkpoints/{folder.name}/' in run.out and [path.name for path in (tmp_path / 'checkpoints').iterdir()] == [folder.name]
     run = trains('--eval_only', base=[]).ok()
     assert f'wrote checkpoints/{folder.name}/eval.json' in run.out
+    trains('--max_steps=1', '--output_dir=checkpoints/qwen_prm_a', base=[w for w in base if 'max_steps' not in w]).ok()
+    os.utime(folder)  # as if an evaluation had written into it: the newest run is the one that trained last
+    assert 'resumed from checkpoints/qwen_prm_a/' in trains('--auto_resume', '--max_steps=2', base=[]).ok().out
 
 
 @pytest.mark.parametrize('name', ['pytorch_model.bin', 'optimizer.pt', 'scheduler.pt', 'config.json', 'training_state.json'])
