@@ -73,6 +73,7 @@ puzzle_emb_ndim = -1             # numbers of a puzzle's own vector; 0 = none; -
 puzzle_emb_len = 16              # positions in front of the cells that it takes; 0 = as many as it needs
 halt_max_steps = 16              # supervision steps of a puzzle, at most
 halt_exploration_prob = 0.1      # share of the slots that may not halt before a random step; 0 = none
+halt_threshold = 0.5             # how sure a model must be of its answer to halt, in evaluation and --ask; training takes 0.5
 # optimization
 lr = 5e-5                        # peak learning rate
 min_lr_ratio = 1.0               # final learning rate / lr, 0 = nothing; 1 = constant; 0.1 is better for short runs
@@ -235,7 +236,7 @@ if checkpoint and 'step' not in checkpoint:
         fail(error)
 config.fill({
     'tiny': dict(hidden_size=64, num_heads=4, multiple_of=32, L_layers=1, H_cycles=2, L_cycles=2, mlp_t=True, pos_encodings='none', puzzle_emb_len=1,
-                 halt_max_steps=6, lr=1e-2, puzzle_emb_lr=1e-2, min_lr_ratio=0.1, total_steps=600, ema_rate=0.99, log_interval=50),
+                 halt_max_steps=6, halt_threshold=0.9, lr=1e-2, puzzle_emb_lr=1e-2, min_lr_ratio=0.1, total_steps=600, ema_rate=0.99, log_interval=50),
     'trm': {},
 }[preset])
 for name, usual in (('L_layers', 2), ('H_cycles', 3), ('L_cycles', 6)):
@@ -249,8 +250,9 @@ shape = (*SHAPE, 'global_batch_size', 'freeze_weights', 'freeze_heads')  # setti
 data_parallel = True  # False: the script sums the gradients itself, without DistributedDataParallel
 rank_state, load_rank_state = lambda: dict(carry=carries), lambda stored: load_carries()  # what each rank alone knows beside its generators
 own_progress = dict(sums=[0.0] * len(METRICS), best_exact=-1.0)  # of the slots since the last log line; of step_best
-if max(beta1, beta2, ema_rate) >= 1 or lr <= 0:
-    fail('beta1, beta2 and ema_rate must be less than 1, and lr more than 0')
+if max(beta1, beta2, ema_rate, halt_threshold) >= 1 or min(lr, halt_threshold) <= 0:
+    fail('beta1, beta2, ema_rate and halt_threshold must be less than 1, lr and halt_threshold more than 0')
+sure = math.log(halt_threshold / (1 - halt_threshold))  # of q_halt, a logit
 if any(type(s) is not int for s in permanent):
     fail(f'permanent_checkpoints {permanent} must be whole numbers')
 if sum_loss_weight <= 0:
@@ -637,7 +639,7 @@ def at_work(rows):
         for s in range(halt_max_steps):
             carry, outputs = judge(carry, vectors)
             cells = outputs['logits'].argmax(-1).to(question.dtype)
-            halts = going & (outputs['q_halt_logits'] > 0) if s < halt_max_steps - 1 else going
+            halts = going & (outputs['q_halt_logits'] > sure) if s < halt_max_steps - 1 else going
             yield turn, s, outputs, cells, halts
             answer, going = torch.where(halts.unsqueeze(1), cells, answer), going & ~halts
 

@@ -72,6 +72,7 @@ puzzle_emb_ndim = -1             # numbers of a puzzle's own vector; 0 = none; -
 puzzle_emb_len = 16              # positions in front of the cells that it takes; 0 = as many as it needs
 halt_max_steps = 16              # supervision steps of a puzzle, at most
 halt_exploration_prob = 0.1      # share of the slots that may not halt before a random step; 0 = none
+halt_threshold = 0.5             # how sure a model must be of its answer to halt, in evaluation; training takes 0.5
 no_ACT_continue = True           # the only way there is
 # optimization
 lr = 1e-4                        # peak learning rate
@@ -229,7 +230,7 @@ if checkpoint and 'step' not in checkpoint:
         fail(error)
 config.fill({
     'tiny': dict(hidden_size=64, num_heads=4, multiple_of=32, L_layers=1, H_cycles=2, L_cycles=2, mlp_t=True, pos_encodings='none', puzzle_emb_len=1,
-                 halt_max_steps=8, global_batch_size=128, lr=3e-3, puzzle_emb_lr=3e-3, min_lr_ratio=0.1, lr_warmup_steps=50, max_steps=1000,
+                 halt_max_steps=8, halt_threshold=0.9, global_batch_size=128, lr=3e-3, puzzle_emb_lr=3e-3, min_lr_ratio=0.1, lr_warmup_steps=50, max_steps=1000,
                  ema=True, ema_rate=0.99, eval_interval=16, log_interval=50),
     'trm': {},
 }[preset])
@@ -242,8 +243,9 @@ shape = (*SHAPE, 'global_batch_size')  # settings that a resumed model cannot ch
 data_parallel = True  # False: the script sums the gradients itself, without DistributedDataParallel
 rank_state, load_rank_state = lambda: dict(carry=carries), lambda stored: load_carries()  # what each rank alone knows beside its generators
 own_progress = dict(sums=[0.0] * len(METRICS), best_exact=-1.0)  # of the slots since the last log line; of step_best
-if max(beta1, beta2, ema_rate) >= 1 or lr <= 0:
-    fail('beta1, beta2 and ema_rate must be less than 1, and lr more than 0')
+if max(beta1, beta2, ema_rate, halt_threshold) >= 1 or min(lr, halt_threshold) <= 0:
+    fail('beta1, beta2, ema_rate and halt_threshold must be less than 1, lr and halt_threshold more than 0')
+sure = math.log(halt_threshold / (1 - halt_threshold))  # of q_halt, a logit
 if any(type(s) is not int for s in permanent):
     fail(f'permanent_checkpoints {permanent} must be whole numbers')
 if set(evaluators) - {'auto', 'arc@ARC'}:
@@ -629,7 +631,7 @@ def evaluate(limit=0):
             carry, outputs = judge(carry, vectors)
             now, q = outputs['scores'].to(exactly), outputs['q_halt_logits']
             sums[s] += (now * real.unsqueeze(1)).sum(0)
-            halts = going & (q > 0) if s < N - 1 else going
+            halts = going & (q > sure) if s < N - 1 else going
             scores, going = torch.where(halts.unsqueeze(1), now, scores), going & ~halts
             steps = steps + (s + 1) * halts.sum()
         sums[N] += scores.sum(0)
