@@ -141,7 +141,7 @@ def test_the_evaluation_is_that_of_a_plain_loop(trains, tmp_path):
     torch.save(stored, tmp_path / 'run/step_30')
     trains('--eval_only', base=['--log_dir=run']).ok()
     even = json.loads((tmp_path / 'run/eval.json').read_text())['halting_steps']  # where a chance of one half is enough to halt
-    trains('--eval_only', '--halt_threshold=0.9', base=['--log_dir=run']).ok()
+    trains('--eval_only', '--halt_threshold=0.4', base=['--log_dir=run']).ok()
     report = json.loads((tmp_path / 'run/eval.json').read_text())
     model = trm.TRM(trm.TRMConfig(5, 9, 9, hidden_size=16, num_heads=2, multiple_of=16, L_layers=1, H_cycles=2, L_cycles=1, puzzle_emb_len=1, halt_max_steps=3,
                                   puzzle_emb_ndim=16, forward_dtype='float32'))
@@ -159,14 +159,14 @@ def test_the_evaluation_is_that_of_a_plain_loop(trains, tmp_path):
                 loss = trm.act_loss(out['logits'], out['q_halt_logits'], one['labels'], carry['halted'], carry['steps'])[0]
                 q = torch.nn.functional.binary_cross_entropy_with_logits(out['q_halt_logits'], right.all().float().view(1))
                 steps.append(((loss - 0.5 * q).item(), right.float().mean().item(), float(right.all())))
-                halt = halt or s + 1 if out['q_halt_logits'].sigmoid() > 0.9 or s == 2 else halt
+                halt = halt or s + 1 if out['q_halt_logits'].sigmoid() > 0.4 or s == 2 else halt
             found.append((steps, halt))
     by_halt = np.mean([steps[halt - 1] for steps, halt in found], 0)
     assert [report[name] for name in ('val_loss', 'cell_accuracy', 'exact_accuracy')] == pytest.approx(by_halt, abs=1e-5)
-    assert report['halting_steps'] == np.mean([halt for _, halt in found]) and even < report['halting_steps'] < 3
+    assert report['halting_steps'] == np.mean([halt for _, halt in found]) < even < 3
     assert report['cell_accuracy_by_step'] == pytest.approx(np.mean([[s[1] for s in steps] for steps, _ in found], 0), abs=1e-6)
     assert report['exact_accuracy_by_step'] == pytest.approx(np.mean([[s[2] for s in steps] for steps, _ in found], 0))
-    trains('--eval_only', '--halt_threshold=0.9', base=['--log_dir=run'], ranks=2).ok()
+    trains('--eval_only', '--halt_threshold=0.4', base=['--log_dir=run'], ranks=2).ok()
     again = json.loads((tmp_path / 'run/eval.json').read_text())
     assert {name: value for name, value in again.items() if isinstance(value, float)} == pytest.approx({n: v for n, v in report.items() if isinstance(v, float)}, abs=1e-6)
 
