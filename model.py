@@ -350,6 +350,8 @@ def find_model(source, repository='', names='owner/name'):
         return source
     repository = repository or source
     owner, _, name = repository.partition('/')
+    if os.path.basename(source) == 'tiny_qwen':
+        raise OSError(f'{source} does not exist: python prepare/tiny_qwen.py makes it')
     if not name or '/' in name or name.endswith(('.pt', '.bin', '.safetensors', '.json')) or owner[:1] in '.~' or os.path.isdir(owner):
         raise OSError(f'{source} does not exist and is no model of the hub ({names})')
     try:
@@ -1555,7 +1557,7 @@ def open_paths(folder, max_seq_length=0, own_answers=False):
             try:
                 stored = read_whole(file)
             except (OSError, ValueError) as error:
-                raise ValueError(f'{file} cannot be read: {error}') from error
+                raise ValueError(f'{file} cannot be read: {error}; delete it, and the command that made it makes it anew') from error
         try:
             for q, question in enumerate(stored['questions']):
                 place = f'question {q}'

@@ -167,7 +167,8 @@ def read_checkpoint(path):
     except FileNotFoundError:
         return None, 'does not exist' + nearby(path)
     except (ValueError, OSError, KeyError, TypeError) as error:
-        return None, f'cannot be read as a checkpoint ({error})'
+        inside = nearby(os.path.join(path, os.path.basename(checkpoint_path_of(0)))) if os.path.isdir(path) else ''
+        return None, f'cannot be read as a checkpoint ({error})' + inside
 
 checkpoint, checkpoint_file, damaged = None, '', set()
 reading = resume or auto_resume or read_only
@@ -185,7 +186,9 @@ for path in [checkpoint_path] if checkpoint_path else newest_first() if reading 
     damaged.add(path)
     print0(f'WARNING: {path} {problem}; it is left as it is')
 resumed = checkpoint is not None and 'step' in checkpoint and not read_only
-if read_only and not checkpoint:
+if read_only and checkpoint:
+    print0(f'checkpoint {checkpoint_file}')
+elif read_only:
     fail(f'no readable checkpoint in {run_dir}: name one with --checkpoint_path{nearby(checkpoint_path_of(0))}')
 if resumed and checkpoint_path and not run_dir_typed:
     run_dir = os.path.dirname(os.path.normpath(checkpoint_path)) or '.'

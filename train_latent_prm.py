@@ -124,8 +124,7 @@ def step_of(path):
 
 def folders(pattern):
     """{path: step} of the checkpoints in run_dir whose names fit."""
-    found = glob.glob(os.path.join(glob.escape(run_dir), '*'))
-    steps = {path: step_of(path) for path in found if re.fullmatch(pattern, os.path.basename(path))}
+    steps = {path: step_of(path) for path in glob.glob(os.path.join(glob.escape(run_dir), '*')) if re.fullmatch(pattern, os.path.basename(path))}
     return {path: step for path, step in steps.items() if step >= 0}
 
 if 'ask' in typed_now and not ask.strip():
@@ -192,7 +191,8 @@ def read_checkpoint(path):
     except FileNotFoundError:
         return None, 'does not exist' + nearby(path)
     except (ValueError, OSError, KeyError, TypeError) as error:
-        return None, f'cannot be read as a checkpoint ({error})'
+        inside = nearby(os.path.join(path, os.path.basename(checkpoint_path_of(0)))) if os.path.isdir(path) else ''
+        return None, f'cannot be read as a checkpoint ({error})' + inside
 
 checkpoint, checkpoint_file, damaged = None, '', set()
 reading = resume or auto_resume or read_only
@@ -210,7 +210,9 @@ for path in [checkpoint_path] if checkpoint_path else newest_first() if reading 
     damaged.add(path)
     print0(f'WARNING: {path} {problem}; it is left as it is')
 resumed = checkpoint is not None and 'step' in checkpoint and not read_only
-if read_only and not checkpoint:
+if read_only and checkpoint:
+    print0(f'checkpoint {checkpoint_file}')
+elif read_only:
     fail(f'no readable checkpoint in {run_dir}: name one with --checkpoint_path{nearby(checkpoint_path_of(0))}')
 if resumed and checkpoint_path and not run_dir_typed:
     run_dir = os.path.dirname(os.path.normpath(checkpoint_path)) or '.'
@@ -327,7 +329,9 @@ else:
     try:
         paths, questions, facts, train_rows, val_rows = read_data()
     except ValueError as error:
-        fail(f'✗ ERROR: {error}' + f'; to collect paths: `python prepare/latent_prm.py --output_dir={data_dir}`' * ('No .pt' in str(error)))
+        how = ' --task=arithmetic --max_samples=4000 --max_new_tokens=16 --num_paths=8' * (preset == 'tiny')
+        how = f'; to collect paths: `python prepare/latent_prm.py --model_path={model_path} --output_dir={data_dir}{how}`' * ('No .pt' in str(error))
+        fail(f'✗ ERROR: {error}{how}')
     if len(set(map(str, everyone((checkpoint_file, facts))))) > 1:
         fail(f'the ranks see different checkpoints or paths: {checkpoint_file or "no checkpoint"} and {data_dir} must be the same on all nodes')
     question_lengths = np.array([len(question['ids']) if question_context else 0 for question in questions])
@@ -639,6 +643,10 @@ def get_lr(step):
     return floor_lr + (peak_lr - floor_lr) * (1 + math.cos(math.pi * min(1, done))) / 2
 
 # ---- evaluation ----------------------------------------------------------------------------------------------------
+def losses_of(logits, targets):
+    """(n,) of each path, in training and validation; --loss=rank adds its pairs in the training loop."""
+    return (logits.sigmoid() - targets) ** 2 if objective == 'mse' else F.binary_cross_entropy_with_logits(logits, targets, reduction='none')
+
 @torch.no_grad()
 def logits_of(rows):
     """(n,) float64, the model's logits for these paths: split over the ranks, each batch the same whatever their number."""
@@ -665,7 +673,7 @@ def evaluate(full=False):
     """(report, table) on the held-out questions, plain numbers, NaN where one is not defined. full: with the table of all baselines."""
     logits, held_out = logits_of(val_rows), part_of(val_rows)
     scores, target = 1 / (1 + np.exp(-np.clip(logits, -500, 500))), held_out['target']
-    each = (scores - target) ** 2 if objective == 'mse' else np.logaddexp(0, logits) - logits * target
+    each = losses_of(torch.from_numpy(logits), torch.from_numpy(target))
     mine, constant = judged(scores, held_out), judged(np.ones(len(scores)), held_out)
     report = dict(val_loss=float(each.mean()), auc=mine['auc'], within_auc=mine['within_auc'], best_of_n=mine['best_of_n'], random_pick=constant['best_of_n'],
                   majority_vote=constant['weighted_vote'])
@@ -835,8 +843,7 @@ for step in range(start_step, max_steps + 1):
         net.require_backward_grad_sync = micro_step == micro_steps - 1  # before the forward: DDP reads it there
         with autocast:
             logits = net(latents, mask, tokens, asked)
-        each = (logits.sigmoid() - targets) ** 2 if objective == 'mse' else F.binary_cross_entropy_with_logits(logits, targets, reduction='none')
-        loss = (each * weights).sum() / count  # over the count of the whole step: every path weighs the same, and of the pairs every pair
+        loss = (losses_of(logits, targets) * weights).sum() / count  # over the count of the whole step: every path weighs the same, and of the pairs every pair
         if pairs_count:
             loss = loss + F.softplus(logits[pairs[:, 1]] - logits[pairs[:, 0]]).sum() / pairs_count
         scaler.scale(loss * world_size).backward()  # DDP divides by world_size

@@ -302,8 +302,12 @@ def main():
     listed = sum(shard['num_questions'] for shard in meta['shards'])
     if listed > len(asked):
         fail(f'{folder} already holds {listed} questions of this run, more than --max_samples={max_samples}: choose another --output_dir or --name')
+    lost = [k for k, shard in enumerate(meta['shards']) if not (there := folder / f'{base}_{k:05d}.pt').is_file() or there.stat().st_size != shard['bytes']]
+    if lost:
+        print0(f'{base}_{lost[0]:05d}.pt' + f' and {len(lost) - 1} more' * (len(lost) > 1) + f', which {meta_path.name} lists, missing or cut short: made anew')
+        listed -= sum(meta['shards'][k]['num_questions'] for k in lost)
     if listed:
-        print0(f'continuing in {folder}: {len(meta["shards"])} shards, {listed:,} questions are done')
+        print0(f'continuing in {folder}: {len(meta["shards"]) - len(lost)} shards, {listed:,} questions are done')
     for old in [path for path in folder.glob(f'{base}_*.pt.tmp')] if folder.is_dir() else []:
         remove(str(old))  # of a run that was killed
 
@@ -315,9 +319,7 @@ def main():
     for k in range(total_shards):
         part = range(k * shard_size, min(len(asked), (k + 1) * shard_size))
         path = folder / f'{base}_{k:05d}.pt'
-        if k < len(meta['shards']) and meta['shards'][k]['num_questions'] == len(part):
-            if not path.is_file() or path.stat().st_size != meta['shards'][k]['bytes']:
-                fail(f'{path}, which {meta_path.name} lists, is missing or cut short: delete {meta_path.name} and the shards to start again')
+        if k < len(meta['shards']) and meta['shards'][k]['num_questions'] == len(part) and k not in lost:
             bar.update(len(part))
             continue
         groups, found = {}, {}

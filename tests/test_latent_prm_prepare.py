@@ -246,7 +246,13 @@ def test_it_continues_and_grows(go):
     assert 'more than --max_samples=3' in go('--output_dir=prm', '--max_samples=3').one_line()
     assert "num_paths 4, now 5" in go('--output_dir=prm', '--num_paths=5').one_line()
     (go.folder / 'prm/arithmetic_00001.pt').write_bytes(b'short')
-    assert 'arithmetic_00001.pt, which arithmetic_metadata.json lists, is missing or cut short' in go('--output_dir=prm').one_line()
+    (go.folder / 'prm/arithmetic_00002.pt').unlink()
+    out = go('--output_dir=prm').ok().out
+    assert 'arithmetic_00001.pt and 1 more, which arithmetic_metadata.json lists, missing or cut short: made anew' in out and '1 shards, 2 questions are done' in out
+    for k in range(3):
+        assert not differences(*(load(go.folder / name / f'arithmetic_{k:05d}.pt') for name in ('straight', 'prm')))
+    known = [json.loads((go.folder / name / 'arithmetic_metadata.json').read_text()) for name in ('straight', 'prm')]
+    assert known[0]['shards'] == known[1]['shards'] and all(known[0][name] == known[1][name] for name in ('num_questions', 'num_samples', 'accuracy'))
     (go.folder / 'prm/arithmetic_metadata.json').unlink()
     assert 'already holds arithmetic_00000.pt and no arithmetic_metadata.json' in go('--output_dir=prm').one_line()
     (go.folder / 'prm/arithmetic_metadata.json').write_text('{')

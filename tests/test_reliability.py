@@ -791,6 +791,8 @@ def test_a_missing_checkpoint_names_one_that_exists(bench, ranks):
     assert f'logs/{bench.case.name(4)}' in err
     err = go(bench, '--resume', f'--checkpoint_path=logs/{bench.case.name(5)}', ranks=ranks).one_line(2)
     assert f'logs/{bench.case.name(4)}' in err and not (bench.cwd / 'run').exists()
+    err = go(bench, '--resume', '--checkpoint_path=logs', ranks=ranks).one_line(2)
+    assert 'cannot be read as a checkpoint' in err and '; there is logs/' in err and bench.case.name(4) in err
 
 
 @pytest.mark.fenced
@@ -817,6 +819,7 @@ def test_evaluating_and_sampling_start_no_run(bench, verb):
         after = tree(folder)
         found = json.loads(after.pop('eval.json', b'{}'))
         assert after == before
+        assert f'checkpoint run/{bench.case.name(6)}\n' in run.out
         if 'eval_only' in verb:
             assert found.keys() == bench.case.eval_json and found['step'] == 6
             assert found['val_loss'] == pytest.approx(losses(straight(bench), 'val loss')[6], abs=1e-4)

@@ -50,7 +50,9 @@ def edit(file, change):
 def test_no_data_is_said_as_the_guide_says_it(trains, tmp_path):
     for file in shards(tmp_path / 'data'):
         file.unlink()
-    assert trains('--model_path=nowhere').one_line().startswith('✗ ERROR: No .pt files found in data; to collect paths: `python prepare/latent_prm.py')
+    told = trains('--model_path=nowhere').one_line()
+    assert told.startswith('✗ ERROR: No .pt files found in data; to collect paths: `python prepare/latent_prm.py --model_path=nowhere --output_dir=data`')
+    assert '--output_dir=data --task=arithmetic' in trains('--preset=tiny').one_line()
     assert trains('--data_dir=none', ranks=2).one_line().startswith('✗ ERROR: No .pt files found in none')
     assert not (tmp_path / 'run').exists()
 
