@@ -40,7 +40,7 @@ from configurator import configure, fail
 # -----------------------------------------------------------------------------
 # settings
 
-cases = ['quickstart', 'head_8']  # quickstart, head_4, head_8, head_16, head_32 (the head dominates), gpt2 (124M, for a GPU), trm_small, trm_official
+cases = ['quickstart', 'head_8']  # quickstart, head_4, head_8, head_16, head_32 (the head dominates), gpt2 (124M, for a GPU), trm_tiny, trm_small, trm_official
 nanogpt = ''                  # folder of a clone of karpathy/nanoGPT
 build_nanogpt = ''            # folder of a clone of karpathy/build-nanogpt
 trm = ''                      # folder of a clone of SamsungSAILMontreal/TinyRecursiveModels
@@ -62,7 +62,8 @@ ROOT = Path(__file__).resolve().parents[1]
 CASES = {'quickstart': dict(vocab=320, ids=257, n_layer=4, n_head=4, n_embd=128, B=16, T=128),
          **{f'head_{B}': dict(vocab=50304, ids=50257, n_layer=6, n_head=6, n_embd=384, B=B, T=256) for B in (4, 8, 16, 32)},
          'gpt2': dict(vocab=50304, ids=50257, n_layer=12, n_head=12, n_embd=768, B=32, T=1024)}
-TRM = {'trm_small': dict(hidden_size=64, num_heads=4, L_layers=1, H_cycles=2, L_cycles=2, B=128),  # a laptop's
+TRM = {'trm_tiny': dict(hidden_size=64, num_heads=4, L_layers=1, H_cycles=2, L_cycles=2, B=128, cells=16),  # 4 x 4 Sudoku
+       'trm_small': dict(hidden_size=64, num_heads=4, L_layers=1, H_cycles=2, L_cycles=2, B=128),  # a laptop's
        'trm_attention': dict(hidden_size=128, num_heads=4, L_layers=2, H_cycles=3, L_cycles=4, B=16, mlp_t=False, pos_encodings='rope'),
        'trm_official': dict(hidden_size=512, num_heads=8, L_layers=2, H_cycles=3, L_cycles=6, B=8)}  # but for the batch, 768
 
@@ -195,12 +196,12 @@ class AdamATan2(torch.optim.Optimizer):
 
 
 def trm_contestants(case, folder):
-    """As contestants, on puzzles of 81 cells."""
+    """As contestants, on puzzles of 81 cells or fewer."""
     from harness import make_puzzle_data
     c = dict(TRM[case])
-    B, mlp_t, positions = c.pop('B'), c.pop('mlp_t', True), c.pop('pos_encodings', 'none')
+    B, cells, mlp_t, positions = c.pop('B'), c.pop('cells', 81), c.pop('mlp_t', True), c.pop('pos_encodings', 'none')
     (folder / 'ours').mkdir()
-    make_puzzle_data(folder / 'ours/data', groups=500, cells=81, vocab_size=11)
+    make_puzzle_data(folder / 'ours/data', groups=500, cells=cells, vocab_size=11)
     shutil.copytree(folder / 'ours/data', folder / 'data')
     shutil.rmtree(folder / 'ours/data/test')  # theirs does not evaluate before the end either
     arch = [*(f'arch.{name}={value}' for name, value in c.items()), f'arch.mlp_t={mlp_t}', f'arch.pos_encodings={positions}', f'arch.puzzle_emb_ndim={c["hidden_size"]}']
@@ -250,7 +251,8 @@ def measure(case):
             from trm import TRM as Model
             from trm import TRMConfig
             mine = dict(dict(mlp_t=True, pos_encodings='none'), **c, puzzle_emb_ndim=c['hidden_size'])
-            flops = Model(TRMConfig(11, 81, 1, **{name: value for name, value in mine.items() if name != 'B'})).flops_per_slot()
+            cells = mine.pop('cells', 81)
+            flops = Model(TRMConfig(11, cells, 1, **{name: value for name, value in mine.items() if name != 'B'})).flops_per_slot()
         else:
             flops = GPT(GPTConfig(c['T'], c['vocab'], c['n_layer'], c['n_head'], c['n_embd'])).flops_per_token(c['T'])
     with tempfile.TemporaryDirectory() as folder:
