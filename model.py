@@ -350,7 +350,7 @@ def find_model(source, repository='', names='owner/name'):
         return source
     repository = repository or source
     owner, _, name = repository.partition('/')
-    if os.path.basename(source) == 'tiny_qwen':
+    if source.endswith('data/tiny_qwen'):
         raise OSError(f'{source} does not exist: python prepare/tiny_qwen.py makes it')
     if not name or '/' in name or name.endswith(('.pt', '.bin', '.safetensors', '.json')) or owner[:1] in '.~' or os.path.isdir(owner):
         raise OSError(f'{source} does not exist and is no model of the hub ({names})')
@@ -1022,7 +1022,7 @@ class Qwen3Config:
         for name, kind in cls.__annotations__.items():
             value = found.get(name)
             whole_number = type(value) is int and 0 < value < 2 ** 31
-            good = type(value) is bool if kind is bool else whole_number if kind is int else type(value) in (int, float) and 0 < value < math.inf
+            good = type(value) is bool if kind is bool else whole_number if kind is int else type(value) in (int, float) and 0 < value < 1e300
             if not good:
                 raise ValueError(f'{where}: {name} is ' + (f'{value!r:.60}' if name in found else 'missing'))
             values[name] = kind(value)
@@ -1245,12 +1245,12 @@ def read_qwen(source):
         weights = read_safetensors(folder)
         head = weights.get('lm_head.weight')
         if config.tie_word_embeddings and head is not None:  # the published files of tied models hold it all the same
-            if not torch.equal(head, weights.get('model.embed_tokens.weight', head[:0])):
+            if not torch.equal(head, weights.get('model.embed_tokens.weight', head.new_zeros(0))):
                 raise ValueError('tie_word_embeddings is true, but its lm_head.weight differs from model.embed_tokens.weight')
             del weights['lm_head.weight']
         layers = len({name.split('.')[2] for name in weights if name.startswith('model.layers.')})
         if layers != config.num_hidden_layers:  # before they are built
-            raise ValueError(f'its weights have {layers} layers, config.json says {config.num_hidden_layers}')
+            raise ValueError(f'its weights have {layers} layers' + ' called model.layers.N' * (not layers) + f', config.json says {config.num_hidden_layers}')
         with torch.device('meta'):
             expected = {name: p.shape for name, p in Qwen3(config).state_dict().items()}
         for name in sorted(expected.keys() | weights.keys()):
@@ -1557,7 +1557,7 @@ def open_paths(folder, max_seq_length=0, own_answers=False):
             try:
                 stored = read_whole(file)
             except (OSError, ValueError) as error:
-                raise ValueError(f'{file} cannot be read: {error}; delete it, and the command that made it makes it anew') from error
+                raise ValueError(f'{file} cannot be read: {error}; if it is damaged, delete it, and the command that made it makes it anew') from error
         try:
             for q, question in enumerate(stored['questions']):
                 place = f'question {q}'

@@ -431,6 +431,8 @@ def load_training(checkpoint):
     load_optimizer_state(raw_model, optimizers, checkpoint['optimizer'])  # the present decay and betas stay
     if len(checkpoint['sums']) != len(METRICS):
         raise ValueError(f'it sums up {len(checkpoint["sums"])} measures')
+    if checkpoint['config'].get('halt_threshold', 0.5) != halt_threshold:
+        checkpoint.update(best_exact=-1.0, best_val_loss=math.inf)  # accuracies of another kind cannot be compared
     if checkpoint['train_loader_state']['data'] != train_data.facts:
         raise ValueError(f'the data in {data_paths} changed since: resume with those, or begin a new run in another folder')
 

@@ -131,7 +131,8 @@ if 'ask' in typed_now and not ask.strip():
     fail('--ask: the question is empty')
 read_only = eval_only or ask != ''       # these modes read a checkpoint and start no run
 lenient = False                          # True: a typed checkpoint that cannot be read is a warning, not the end
-states = glob.glob(os.path.join('checkpoints', 'qwen_prm_*', '*', 'training_state.json'))
+states = [os.path.join(path, 'training_state.json') for path in glob.glob(os.path.join('checkpoints', 'qwen_prm_*', '*'))
+          if re.fullmatch(r'checkpoint-\d+|epoch_\d+|final', os.path.basename(path)) and step_of(path) >= 0]
 run_dir = output_dir or os.path.join('checkpoints', 'qwen_prm_' + time.strftime('%Y%m%d_%H%M%S'))
 if not (output_dir or checkpoint_path) and (auto_resume or resume or read_only) and states:
     run_dir = os.path.dirname(os.path.dirname(max(states, key=os.path.getmtime)))
@@ -143,8 +144,8 @@ def checkpoint_path_of(step):
 def newest_first():
     """Those of epochs too: after the checkpoint-N of the same step, for they are never deleted."""
     steps = {checkpoint_path_of(step): step for step in steps_on_disk()} | elsewhere
-    best = [checkpoint_path_of('best')] if ask and os.path.isdir(checkpoint_path_of('best')) else []
-    return best + sorted(steps, key=lambda path: (-steps[path], path in elsewhere))
+    best = [checkpoint_path_of('best')] if ask and glob.glob(glob.escape(checkpoint_path_of('best')) + '*') else []
+    return best + sorted(steps, key=lambda path: (-steps[path], path in elsewhere, path))
 
 def checkpoint_of(path):  # one dict, whatever the files; ValueError if it is damaged
     if not os.path.isdir(path):
@@ -819,7 +820,7 @@ for step in range(start_step, max_steps + 1):
     wanted = [checkpoint_path_of(step)] if save_every > 0 and step % save_every == 0 or step in permanent or last else []
     wanted += [os.path.join(run_dir, f'epoch_{step // steps_per_epoch}')] if epoch_ended else []
     for path in [*wanted, *([os.path.join(run_dir, 'final')] if last else [])] if step else []:
-        if fresh or not everyone(os.path.isdir(path) and path not in damaged)[0]:  # a run that was killed between two of them
+        if fresh or not everyone(step_of(path) == step and path not in damaged)[0]:  # a run that was killed between two of them, or was shorter once
             save(path)
             print0(f'[Trainer] Checkpoint saved to: {path}')
     if last:

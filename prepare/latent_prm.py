@@ -83,6 +83,7 @@ ROLES = dict(planner='Think about a plan to solve this problem.', critic='Look a
 JUDGE = 'Now solve the problem. ' + BOXED.split('. ', 1)[1]
 # (sigma at the first step, share of it that is gone at the last step, range of the random factor)
 NOISE = dict(temperature=(0.2, 0.2, (0.01, 2.0)), noise=(0.3, 0.3, (0.01, 1.5)))
+COUNTS = ('num_questions', 'bytes', 'num_paths', 'num_samples')
 METRICS = ('accuracy', 'majority_vote', 'pass_at_n', 'mixed', 'ended', 'answered')
 
 
@@ -113,7 +114,7 @@ def questions():
             question, answer = arithmetic(number, seed)
             found.setdefault(question, answer)
             number += 1
-        return [(f'arithmetic_{i}', *pair) for i, pair in enumerate(found.items())], dict(source=f'arithmetic, seed {seed}', sha256_source='')
+        return [(f'arithmetic_{i}', *pair) for i, pair in enumerate(found.items())], dict(source=f'arithmetic, none twice, seed {seed}', sha256_source='')
     if input and not os.path.isfile(input):
         fail(f'--input: {input} ' + ('is a folder: name the file in it' if os.path.isdir(input) else 'does not exist'))
     if (split == 'test' or re.search('(?<![a-z])test(?![a-z])', os.path.basename(input).lower())) and not allow_test:
@@ -296,8 +297,15 @@ def main():
         if strange:  # the trainer would read it together with ours
             fail(f'{folder} already holds {strange[0].name} and no {meta_path.name}: choose another --output_dir or --name')
         meta = {**same, 'shards': []}
-    keys = {'name', 'num_questions', 'bytes', 'num_paths', 'num_samples', 'score_histogram', *METRICS}
-    if not all(isinstance(shard, dict) and keys <= shard.keys() and type(shard['num_questions']) is type(shard['bytes']) is int for shard in meta['shards']):
+    keys = {'name', 'score_histogram', *COUNTS, *METRICS}
+
+    def ours(shard):
+        if not isinstance(shard, dict) or not keys <= shard.keys() or any(type(shard[key]) is not int or shard[key] < 0 for key in COUNTS):
+            return False
+        histogram = shard['score_histogram']
+        return (shard['num_questions'] > 0 and all(type(shard[key]) in (int, float) for key in METRICS) and isinstance(histogram, list) and
+                len(histogram) == 10 and all(type(count) is int for count in histogram))
+    if not isinstance(meta['shards'], list) or not all(map(ours, meta['shards'])):
         fail(f'{meta_path}: its list of shards is not ours: delete it and the shards to start again')
     listed = sum(shard['num_questions'] for shard in meta['shards'])
     if listed > len(asked):
@@ -351,10 +359,11 @@ def main():
         write_json(meta_path, meta)
         seconds = time.time() - begun
         print0(f'{path} | {done:,} of {len(asked) - listed:,} questions | accuracy {meta["accuracy"]:.3f} | {done * num_paths / seconds:,.1f} paths/s | '
-               f'eta {seconds / done * (len(asked) - k * shard_size - len(part)):,.0f} s')
+               f'eta {seconds / done * (len(asked) - listed - done):,.0f} s')
     bar.close()
     if not done:
         print0(f'{folder} is done')
+        meta.update(summary(meta['shards'], base))
     histogram = ' '.join(f'{count:,}' for count in meta['score_histogram'])
     print0(f'{meta["num_questions"]:,} questions, {meta["num_samples"]:,} scored paths | accuracy of a path {meta["accuracy"]:.3f} | '
            f'majority vote {meta["majority_vote"]:.3f} | pass@{num_paths} {meta["pass_at_n"]:.3f} | questions with both outcomes {meta["mixed"]:.3f}')

@@ -281,7 +281,8 @@ def test_metadata_with_a_damaged_list_of_shards(go):
     go('--output_dir=prm').ok()
     path = go.folder / 'prm/arithmetic_metadata.json'
     good = json.loads(path.read_text())
-    for shards in ([{}], [1], [{**good['shards'][0], 'bytes': 'x'}]):
+    first = good['shards'][0]
+    for shards in (7, [{}], [1], *([{**first, **bad}] for bad in (dict(bytes='x'), dict(num_paths='x'), dict(accuracy=None), dict(score_histogram=[1]), dict(num_questions=0)))):
         path.write_text(json.dumps({**good, 'shards': shards}))
         assert 'its list of shards is not ours' in go('--output_dir=prm').one_line()
 

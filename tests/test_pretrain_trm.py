@@ -171,6 +171,15 @@ def test_the_evaluation_is_that_of_a_plain_loop(trains, tmp_path):
     assert {name: value for name, value in again.items() if isinstance(value, float)} == pytest.approx({n: v for n, v in report.items() if isinstance(v, float)}, abs=1e-6)
 
 
+def test_accuracies_at_another_threshold_are_not_compared(trains, tmp_path):
+    best = []
+    for name, threshold in (('same', 0.5), ('other', 0.9)):
+        trains('--lr=1e-12', f'--log_dir={name}').ok()
+        trains('--auto_resume', '--max_steps=6', f'--halt_threshold={threshold}', base=[f'--log_dir={name}']).ok()
+        best.append(load(tmp_path / name / 'step_6')['best_step'])
+    assert best[0] < 6 == best[1]
+
+
 def test_eval_examples_spares_the_training_not_the_end(trains, tmp_path):
     run = trains('--eval_examples=2').ok()
     assert re.findall(r'^step (\d)/4 \| val loss.*\| (\d+) examples', run.out, re.MULTILINE) == [('0', '2'), ('2', '2'), ('4', '6')]

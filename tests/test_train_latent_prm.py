@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import shlex
+import shutil
 import struct
 import subprocess
 import sys
@@ -431,6 +432,18 @@ def test_an_epochs_checkpoint_is_resumed_from_if_there_is_nothing_newer(trains, 
     assert 'set aside too: run/final' in run.out and differences(load(tmp_path / 'straight/final'), load(tmp_path / 'run/final'), VOLATILE) == []
 
 
+def test_final_is_that_of_the_last_step(trains, tmp_path):
+    trains('--max_steps=2').ok()
+    trains('--auto_resume', '--max_steps=5', '--save_steps=4', base=['--output_dir=run']).ok()
+    drop(tmp_path / 'run/final')
+    shutil.copytree(tmp_path / 'run/checkpoint-2', tmp_path / 'run/final')  # as if the run had been killed when checkpoint-5 was written
+    trains('--auto_resume', base=['--output_dir=run']).ok()
+    assert load(tmp_path / 'run/final')['step'] == 5
+    (tmp_path / 'run/final/training_state.json').write_text('{')
+    trains('--auto_resume', base=['--output_dir=run']).ok()
+    assert load(tmp_path / 'run/final')['step'] == 5
+
+
 @pytest.mark.parametrize('name', ['checkpoint-8', 'epoch_2', 'final'])
 def test_killed_between_the_checkpoints_of_one_step(trains, tmp_path, name):
     kill = f"""
@@ -461,6 +474,8 @@ def test_a_run_that_nobody_named_is_found_again(trains, tmp_path):
     assert f'wrote checkpoints/{folder.name}/eval.json' in run.out
     trains('--max_steps=1', '--output_dir=checkpoints/qwen_prm_a', base=[w for w in base if 'max_steps' not in w]).ok()
     os.utime(folder)  # as if an evaluation had written into it: the newest run is the one that trained last
+    for name in ('best', 'checkpoint-4.tmp'):  # of a run that was killed before its first checkpoint
+        shutil.copytree(tmp_path / 'checkpoints/qwen_prm_a/checkpoint-1', tmp_path / 'checkpoints/qwen_prm_b' / name, copy_function=shutil.copy)
     assert 'resumed from checkpoints/qwen_prm_a/' in trains('--auto_resume', '--max_steps=2', base=[]).ok().out
 
 
