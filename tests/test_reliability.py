@@ -720,8 +720,8 @@ def test_a_damaged_checkpoint_on_two_ranks(bench):
 @pytest.mark.parametrize('ranks', [0, 2])
 def test_all_checkpoints_damaged(bench, ranks):
     stopped(bench, 8, ranks=ranks)
-    for step in steps(bench):
-        damage(checkpoint(bench, step), 'truncated')
+    for path in [*(checkpoint(bench, step) for step in steps(bench)), *(bench.cwd / 'run').glob('epoch_*'), *(bench.cwd / 'run').glob('final')]:
+        damage(path, 'truncated')
     run = go(bench, '--auto_resume', ranks=ranks).ok()
     for step in (2, 4, 6, 8):
         assert re.search('WARNING.*' + re.escape(bench.case.name(step)), run.out)
