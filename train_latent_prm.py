@@ -145,7 +145,7 @@ def newest_first():
     """Those of epochs too: after the checkpoint-N of the same step, for they are never deleted."""
     steps = {checkpoint_path_of(step): step for step in steps_on_disk()} | elsewhere
     best = [checkpoint_path_of('best')] if ask and glob.glob(glob.escape(checkpoint_path_of('best')) + '*') else []
-    return best + sorted(steps, key=lambda path: (-steps[path], path in elsewhere, path))
+    return best + sorted(steps, key=lambda path: (-steps[path], path in elsewhere, os.path.basename(path) != 'final', path))
 
 def checkpoint_of(path):  # one dict, whatever the files; ValueError if it is damaged
     if not os.path.isdir(path):
