@@ -23,6 +23,7 @@ import difflib
 import errno
 import glob
 import io
+import itertools
 import os
 import re
 import sys
@@ -135,24 +136,26 @@ def _settings_of(path):
     with open(path, encoding='utf-8') as file:
         source = file.read()
     tree, comments, headings, settings, rows = ast.parse(source), {}, {}, {}, []
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+    above = list(itertools.takewhile(lambda node: not any(isinstance(n, ast.Call) and getattr(n.func, 'id', '') == 'configure' for n in ast.walk(node)), tree.body))
+    if len(above) == len(tree.body):
+        raise ValueError(f'{path} does not call configure() at the top level')
+    end = tree.body[len(above)].lineno
+    for token in tokenize.generate_tokens(itertools.islice(io.StringIO(source), end - 1).__next__):
         if token.type == tokenize.COMMENT:  # in the first column it is the heading of a group of settings
             if token.start[1]:
                 comments[token.start[0]] = token.string.lstrip('# ')
             else:
                 headings[token.start[0]] = token.string.strip('#=- ')
-    for node in tree.body:
-        if any(isinstance(n, ast.Call) and getattr(n.func, 'id', '') == 'configure' for n in ast.walk(node)):
-            lines = [line for line, _ in rows] or [0]
-            rows += [(line, f'\n{text}') for line, text in headings.items() if text and min(lines) - 1 <= line < max(lines)]
-            return settings, '\n'.join([ast.get_docstring(tree) or '', *(row for _, row in sorted(rows))])
+    for node in above:
         if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
             where = f'{path}:{node.lineno}: '
             name, default = _assignment(node, where + 'above configure() write only')
             comment = comments.get(node.end_lineno, '')
             settings[name] = _checked(default, default, '', where + name), comment
             rows.append((node.lineno, f'  --{f"{name}={default!r}":<36} {comment}'.rstrip()))
-    raise ValueError(f'{path} does not call configure() at the top level')
+    lines = [line for line, _ in rows] or [0]
+    rows += [(line, f'\n{text}') for line, text in headings.items() if text and min(lines) - 1 <= line < max(lines)]
+    return settings, '\n'.join([ast.get_docstring(tree) or '', *(row for _, row in sorted(rows))])
 
 
 def _assignment(node, complaint):

@@ -3,7 +3,7 @@
 What to expect: README.md has the measured table (puzzles, hardware, exact accuracy, time).
 
 Laptop CPU, no download (4 x 4 Sudoku, two minutes):
-    python prepare/sudoku.py --generate --size=4 --output_dir=data/sudoku4
+    python prepare/sudoku.py --generate --size=4 --train_size=10000 --output_dir=data/sudoku4
     python pretrain_trm.py --preset=tiny --data_paths=data/sudoku4
 One GPU (Sudoku-Extreme from prepare/sudoku.py):
     python pretrain_trm.py arch=trm data_paths="[data/sudoku-extreme-1k-aug-1000]" evaluators="[]" epochs=50000 eval_interval=5000 lr=1e-4 puzzle_emb_lr=1e-4 \
@@ -326,7 +326,7 @@ try:
     test_data = open_puzzles(data_paths, 'test') if read_only or os.path.isdir(os.path.join(data_paths[0], 'test')) else None
 except ValueError as error:
     fail(f'{error}; to make data: `python prepare/arc.py`, `prepare/sudoku.py`, `prepare/maze.py`, or without a download '
-         '`python prepare/sudoku.py --generate --size=4 --output_dir=data/sudoku4`')
+         '`python prepare/sudoku.py --generate --size=4 --train_size=10000 --output_dir=data/sudoku4`')
 data = train_data or test_data
 if read_only:
     max_steps = max(max_steps, checkpoint.get('step', 0))

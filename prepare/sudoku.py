@@ -2,7 +2,7 @@
 
     python prepare/sudoku.py                                             downloads Sudoku-Extreme (train: 1,000 of 3.8M puzzles; test: 423k)
     python prepare/sudoku.py --input=train.csv --test_input=test.csv     the same files, or others with the columns question and answer
-    python prepare/sudoku.py --generate --size=4 --train_size=2000 --test_size=500 --output_dir=data/sudoku4
+    python prepare/sudoku.py --generate --size=4 --train_size=10000 --output_dir=data/sudoku4
     python -m prepare.sudoku --help
 
 Each training puzzle is followed by num_aug copies that the symmetries of Sudoku make of it: digits renamed, bands, stacks and the lines

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 os.environ['OMP_NUM_THREADS'] = '1'  # before torch is imported: runs of two ranks share two cores
+os.environ['TORCH_CPP_LOG_LEVEL'] = 'ERROR'  # where no name service answers, gloo warns that it does not know its own name
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[1])]
 
 from harness import TINY, Launcher, make_text_data  # noqa: E402

@@ -77,7 +77,7 @@ atexit.register(lambda: print('operations:', *operations))
 
 class Launcher:
     def __init__(self):
-        env = dict(os.environ, OMP_NUM_THREADS='1', PYTHONDONTWRITEBYTECODE='1')
+        env = dict(os.environ, OMP_NUM_THREADS='1')
         self.server = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
         assert self.server.stdout.readline() == 'ready\n'
         self.numbers = itertools.count()

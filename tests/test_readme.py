@@ -46,7 +46,7 @@ RUN = {
     'python finetune_dolly.py --eval_only': '',
     'python finetune_dolly.py --generate="Why is the sky blue?"': '',
     'python finetune_dolly.py --export=out': '--export=answers',
-    'python prepare/sudoku.py --generate --size=4 --output_dir=data/sudoku4': '--train_size=20 --test_size=5',
+    'python prepare/sudoku.py --generate --size=4 --train_size=10000 --output_dir=data/sudoku4': '--train_size=20 --test_size=5',
     'python pretrain_trm.py --preset=tiny --data_paths=data/sudoku4': '--max_steps=3 --log_dir=sudoku',
     'python prepare/sudoku.py --generate --size=6 --train_size=3000 --num_aug=30 --output_dir=data/sudoku6': '--train_size=5 --test_size=2 --num_aug=2',
     'python prepare/maze.py --generate --size=9 --train_size=20000 --aug --output_dir=data/maze9': '--train_size=5 --test_size=2',
