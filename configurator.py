@@ -136,11 +136,12 @@ def _settings_of(path):
     with open(path, encoding='utf-8') as file:
         source = file.read()
     tree, comments, headings, settings, rows = ast.parse(source), {}, {}, {}, []
-    above = list(itertools.takewhile(lambda node: not any(isinstance(n, ast.Call) and getattr(n.func, 'id', '') == 'configure' for n in ast.walk(node)), tree.body))
+    above = list(itertools.takewhile(lambda node: not any(
+        isinstance(n, ast.Call) and getattr(n.func, 'id', '') == 'configure' for n in ast.walk(node)), tree.body))
     if len(above) == len(tree.body):
         raise ValueError(f'{path} does not call configure() at the top level')
-    end = tree.body[len(above)].lineno
-    for token in tokenize.generate_tokens(itertools.islice(io.StringIO(source), end - 1).__next__):
+    lines = itertools.islice(io.StringIO(source), tree.body[len(above)].lineno - 1)
+    for token in tokenize.generate_tokens(lines.__next__):
         if token.type == tokenize.COMMENT:  # in the first column it is the heading of a group of settings
             if token.start[1]:
                 comments[token.start[0]] = token.string.lstrip('# ')

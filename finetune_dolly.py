@@ -25,7 +25,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -41,8 +40,8 @@ from torch.nn.parallel import DistributedDataParallel
 from configurator import configure, fail, master, nearby, print0
 from model import GPT, GPT_SIZES, PEAK_FLOPS, TOKENIZERS, GPTConfig, load_tokenizer, open_shards, printable, shard_rows
 from model import adopt_shape, export_files, find_gpt, fit_weights, load_optimizer_state, make_optimizers, optimizer_state, read_gpt
-from model import bucketed, distinct_2, instruction_prompt, open_rows, padded_length, padded_rows, rouge_l
-from model import generator_states, on_cpu, remove, seed_generators, set_generator_states, total_norm, write_whole
+from model import bucketed, distinct_2, git_commit, instruction_prompt, norms_by_part, open_rows, padded_length, padded_rows, rouge_l
+from model import find_device, generator_states, on_cpu, remove, seed_generators, set_aside, set_generator_states, total_norm, whole_checkpoint, write_whole
 
 # ---- settings ------------------------------------------------------------------------------------------------------
 # i/o
@@ -163,20 +162,7 @@ def steps_on_disk(suffix=''):
 
 def read_checkpoint(path):
     """(checkpoint, '') or (None, what is wrong). A file of weights alone comes back as {'model': weights}."""
-    try:
-        found = checkpoint_of(path if os.path.exists(path) or not os.path.isdir(path + '.was') else path + '.was')  # see write_whole
-        if not isinstance(found, dict) or not isinstance(found.get('model', found), dict):
-            raise ValueError('it holds no weights')
-        found = found if 'model' in found else {'model': found}
-        if 'step' in found and not (type(found['step']) is type(found['log_bytes']) is int and found['step'] >= 0 and type(found['ranks']) is list
-                                    and type(found['config']) is type(found['given']) is dict):
-            raise ValueError('its entries are not those of a checkpoint')
-        return found, ''
-    except FileNotFoundError:
-        return None, 'does not exist' + nearby(path)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        inside = nearby(os.path.join(path, os.path.basename(checkpoint_path_of(0)))) if os.path.isdir(path) else ''
-        return None, f'cannot be read as a checkpoint ({error})' + inside
+    return whole_checkpoint(path, checkpoint_of, os.path.basename(checkpoint_path_of(0)))
 
 checkpoint, checkpoint_file, damaged = None, '', set()
 reading = resume or auto_resume or read_only
@@ -255,19 +241,8 @@ if n_embd % n_head:
 # ---- distributed (=) -----------------------------------------------------------------------------------------------
 ddp = 'RANK' in os.environ  # set by torchrun
 rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
-usable = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available() and not ddp, 'cpu': True}  # gloo knows no mps
-device = device or next(name for name in usable if usable[name])
+device = find_device(device, local_rank if ddp else -1)  # '' = the best there is; one that is not there: the CPU, with a warning
 device_type = device.split(':')[0]
-if device_type not in usable:
-    fail(f'--device={device}: expected cpu, cuda, cuda:1 or mps')
-if not usable[device_type]:
-    print0(f'WARNING: --device={device}, but PyTorch sees none here: using the CPU')
-    device = device_type = 'cpu'
-if device_type == 'cuda':
-    device = f'cuda:{local_rank}' if ddp else 'cuda:0' if device == 'cuda' else device
-    if device not in [f'cuda:{i}' for i in range(torch.cuda.device_count())]:
-        fail(f'no device {device}: this machine has {torch.cuda.device_count()} GPU(s)')
-    torch.cuda.set_device(device)
 if ddp:
     store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), next(rendezvous('env://'))[0])  # dead workers' keys stay behind
     dist.init_process_group('nccl' if device_type == 'cuda' else 'gloo', store=store, rank=rank, world_size=world_size)
@@ -570,13 +545,11 @@ if master and not read_only:
             later = [checkpoint_path_of(s) for s in steps_on_disk() if s > start_step]
             best = read_checkpoint(checkpoint_path_of('best'))[0]
             later += [checkpoint_path_of('best')] if best and best.get('step', 0) > start_step else []
-            for path in later:
-                remove(path + '.old')
-                os.replace(path, path + '.old')
+            set_aside(later)
             if later:
                 print0(f'set aside as *.old, later than step {start_step}:', ', '.join(later))
         if not in_place and os.path.exists(log_path) and os.path.getsize(log_path):
-            os.replace(log_path, log_path + '.old')
+            set_aside([log_path])
             print0(f'set aside as {log_name}.old, of a run without a checkpoint: {log_path}')
         log_descriptor = os.open(log_path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         if in_place and os.fstat(log_descriptor).st_size > checkpoint['log_bytes']:
@@ -749,8 +722,6 @@ if read_only:
     leave(0)
 
 # ---- training loop -------------------------------------------------------------------------------------------------
-describe = ['git', '-C', os.path.dirname(os.path.abspath(__file__)), 'describe', '--always', '--dirty']
-commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip() if shutil.which('git') else ''
 log('settings given: ' + ' '.join(f'{name}={value!r}' for name, value in config.typed().items()), prefix='# ', show=False)
 lengths = train_data['prompt'] + train_data['response'] - 1
 padded = sum(len(rows) * min(block_size, padded_length(lengths[rows].max())) for rows in micro_batches(0))
@@ -760,7 +731,7 @@ for line in (
     f'{val_rows:,} held out',
     f'{max_steps} steps of {grad_accumulation_steps} x {batch_size} rows = {max_steps * grad_accumulation_steps / batches_per_epoch:.2f} epochs; '
     f'{1 - lengths.sum() / padded:.0%} of a batch is padding',
-    f'device {device} ({device_name}), dtype {dtype}, compile {compile}, {world_size} rank(s), torch {torch.__version__}, commit {commit or "unknown"}',
+    f'device {device} ({device_name}), dtype {dtype}, compile {compile}, {world_size} rank(s), torch {torch.__version__}, commit {git_commit()}',
     f'run {run_name or run_dir}: ' + (f'resumed from {checkpoint_file} at step {start_step}' if resumed else
                                       f'weights from {checkpoint_file}' if checkpoint else f'RANDOM INITIALISATION, seed {seed}'),
     *([f'WARNING: {train_data["left_out"] + val_data["left_out"]:,} rows of more than block_size + 1 = {block_size + 1} tokens are left out: '
@@ -837,12 +808,7 @@ for step in range(start_step, max_steps + 1):
     for o in optimizers:
         scaler.unscale_(o)
     reporting = (step + 1) % log_interval == 0 or step == 0 or step + 1 == max_steps
-    gradients = ''
-    if log_gradients and reporting:  # of every part of the model, before clipping
-        parts = {}
-        for name, p in raw_model.named_parameters():
-            parts.setdefault(re.match(r'transformer\.(h\.\d+\.\w+|\w+)', name)[1], []).append(p.grad)
-        gradients = ' | grad ' + ' '.join(f'{part} {total_norm(grads).item():.2e}' for part, grads in parts.items())
+    gradients = norms_by_part({name: p.grad for name, p in raw_model.named_parameters()}) if log_gradients and reporting else ''  # before clipping
     norm = total_norm([p.grad for p in parameters])
     torch.nn.utils.clip_grads_with_norm_(parameters, clip if clip > 0 else math.inf, norm)
     report = torch.stack((loss_sum, norm / world_size))  # one tensor, one host read; NaN or infinity on any rank survives the sum

@@ -11,6 +11,7 @@ import os
 import random
 import re
 import shutil
+import subprocess
 import unicodedata
 import zipfile
 import zlib
@@ -24,6 +25,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
 
+from configurator import fail, nearby, print0
+
 # The published shapes, and one for a laptop. `--model=<name>` picks one; each number can still be given by itself.
 GPT_SIZES = {
     'tiny': dict(block_size=128, n_layer=4, n_head=4, n_embd=128),            # 0.8M with the byte vocabulary
@@ -36,6 +39,25 @@ GPT_SIZES = {
 # Dense bfloat16 FLOP/s that the makers state, by a part of the device's name: what the share in use (mfu) is measured by.
 PEAK_FLOPS = {'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, '4090': 165e12, '3090': 71e12,
               'V100': 125e12, 'T4': 65e12}
+
+
+def find_device(device, local_rank=-1):
+    """The name of the device that this process computes on: cpu, mps or cuda:0 and so on. '' = the best there is; one of a kind that is not there
+    becomes the CPU, with a warning; under torchrun each rank takes the GPU of its local_rank."""
+    usable = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available() and local_rank < 0, 'cpu': True}  # gloo knows no mps
+    device = device or next(name for name in usable if usable[name])
+    kind = device.split(':')[0]
+    if kind not in usable:
+        fail(f'--device={device}: expected cpu, cuda, cuda:1 or mps')
+    if not usable[kind]:
+        print0(f'WARNING: --device={device}, but PyTorch sees none here: using the CPU')
+        return 'cpu'
+    if kind == 'cuda':
+        device = f'cuda:{local_rank}' if local_rank >= 0 else 'cuda:0' if device == 'cuda' else device
+        if device not in [f'cuda:{i}' for i in range(torch.cuda.device_count())]:
+            fail(f'no device {device}: this machine has {torch.cuda.device_count()} GPU(s)')
+        torch.cuda.set_device(device)
+    return device
 
 
 @dataclass
@@ -627,6 +649,21 @@ def total_norm(gradients):
     return torch.linalg.vector_norm(torch.stack([n.full_tensor() if hasattr(n, 'full_tensor') else n for n in norms]))
 
 
+def norms_by_part(gradients):
+    """' | grad wte 1.00e-02 h.0.ln_1 ...', for a log line: the norm of every part of the model, from {name of a parameter: its gradient}."""
+    parts = {}
+    for name, gradient in gradients.items():
+        part = re.match(r'(?:\w+\.)*?\d+\.\w+|\w+', name.removeprefix('transformer.'))[0]  # a block's part, or what stands outside of the blocks
+        parts.setdefault(part, []).append(gradient)
+    return ' | grad ' + ' '.join(f'{part} {total_norm(some).item():.2e}' for part, some in parts.items())
+
+
+def git_commit():
+    """Of the scripts, 'unknown' if they are not under git."""
+    command = ['git', '-C', os.path.dirname(os.path.abspath(__file__)), 'describe', '--always', '--dirty']
+    return (subprocess.run(command, capture_output=True, text=True).stdout.strip() if shutil.which('git') else '') or 'unknown'
+
+
 def hellaswag_scores(items, losses):
     """(acc, acc_norm): how often the likeliest of the four endings is the right one, by the sum and by the mean of its tokens'
     -log p; losses: those sums, of every ending of every item in order."""
@@ -904,6 +941,44 @@ def remove(path):
         shutil.rmtree(path)
     elif os.path.lexists(path):
         os.unlink(path)
+
+
+def whole_checkpoint(path, read, name):
+    """(checkpoint, '') or (None, what is wrong with the file or folder at `path`, for a message that begins with the path).
+
+    read: checkpoint_of of the script, see there. Weights alone come back as {'model': weights}. name: one like those of checkpoints, to
+    be looked for where the path is a folder of them."""
+    try:
+        found = read(path if os.path.exists(path) or not os.path.isdir(path + '.was') else path + '.was')  # see write_whole
+        if not isinstance(found, dict) or not isinstance(found.get('model', found), dict):
+            raise ValueError('it holds no weights')
+        found = found if 'model' in found else {'model': found}
+        if 'step' in found and not (type(found['step']) is type(found['log_bytes']) is int and found['step'] >= 0 and type(found['ranks']) is list
+                                    and type(found['config']) is type(found['given']) is dict):
+            raise ValueError('its entries are not those of a checkpoint')
+        return found, ''
+    except FileNotFoundError:
+        return None, 'does not exist' + nearby(path)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        return None, f'cannot be read as a checkpoint ({error})' + (nearby(os.path.join(path, name)) if os.path.isdir(path) else '')
+
+
+def set_aside(paths):
+    """Give them the name .old; what had it before goes."""
+    for path in paths:
+        remove(path + '.old')
+        os.replace(path, path + '.old')
+
+
+def newest(paths):
+    """The one of the paths that was changed last, '' if there is none: a running training may delete some meanwhile."""
+    changed = {}
+    for path in paths:
+        try:
+            changed[path] = os.path.getmtime(path)
+        except FileNotFoundError:
+            pass
+    return max(changed, key=changed.get, default='')
 
 
 def on_cpu(value):
@@ -1743,6 +1818,28 @@ def padded_paths(rows, ids=None, multiple=1):
         if ids:
             tokens[i, :len(ids[i])], asked[i, :len(ids[i])] = ids[i], 1
     return (latents, mask, tokens, asked) if ids else (latents, mask, None, None)
+
+
+PRM_FILES = ('pytorch_model.bin', 'optimizer.pt', 'scheduler.pt', 'config.json')  # of a checkpoint, beside training_state.json
+
+
+def read_prm(path):
+    """A checkpoint of train_latent_prm.py, or a file or a folder of weights alone, as one dict; ValueError if it is damaged."""
+    if not os.path.isdir(path):
+        return read_whole(path)
+    if not os.path.exists(os.path.join(path, 'training_state.json')):
+        if not os.path.exists(os.path.join(path, 'pytorch_model.bin')):
+            raise ValueError('a folder without training_state.json and pytorch_model.bin')
+        return {'model': read_whole(os.path.join(path, 'pytorch_model.bin'))}
+    state, files = read_whole(os.path.join(path, 'training_state.json')), [os.path.join(path, name) for name in PRM_FILES]
+    for name, file in zip(PRM_FILES, files, strict=True):
+        if not os.path.exists(file) or sha256(file) != state['sha256'][name]:
+            raise ValueError(f'its {name} is missing or not the one that training_state.json names by its SHA-256')
+    model, optimizer, scheduler, shape = map(read_whole, files)
+    if not isinstance(scheduler, dict) or not isinstance(optimizer, dict):
+        raise ValueError('its scheduler.pt or optimizer.pt holds something else')
+    state = {name: math.inf if value is None else value for name, value in state.items()}  # JSON has no infinity
+    return dict(state, model=model, optimizer=optimizer, shape=shape, **{name: scheduler[name] for name in ('ranks', 'scaler', 'train_loader_state')})
 
 
 def sha256(path):

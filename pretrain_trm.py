@@ -24,7 +24,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -38,8 +37,8 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import LAUNCH, configure, fail, master, nearby, print0
-from model import PEAK_FLOPS, load_optimizer_state, optimizer_state, read_whole, total_norm
-from model import generator_states, on_cpu, remove, seed_generators, set_generator_states, write_whole
+from model import PEAK_FLOPS, git_commit, load_optimizer_state, norms_by_part, optimizer_state, read_whole, total_norm
+from model import find_device, generator_states, newest, on_cpu, remove, seed_generators, set_aside, set_generator_states, whole_checkpoint, write_whole
 from trm import IGNORE, METRICS, RECURSION, SHAPE, TRM, AdamATan2, TRMConfig, sign_sgd
 from trm import adopt_trm, all_config, arc_result, arc_vote, deal_carries, drawn, examples_of_epoch, fit_trm, least_steps, of_all_ranks, open_puzzles
 from trm import puzzle_tensors, read_arc, read_trm
@@ -138,9 +137,8 @@ def run_dir_of():
     if log_dir and ('log_dir' in config.typed_here or not {'run_name', 'project_name'} & config.typed_here):
         return log_dir
     steps = [path for path in glob.glob(os.path.join(glob.escape(project_dir), '*', 'step_*')) if re.fullmatch(r'step_\d+', os.path.basename(path))]
-    if not run_name and (auto_resume or resume or eval_only) and steps:
-        return os.path.dirname(max(steps, key=os.path.getmtime))
-    return os.path.join(project_dir, run_name or time.strftime('%Y%m%d_%H%M%S'))
+    last = newest(steps) if not run_name and (auto_resume or resume or eval_only) else ''
+    return os.path.dirname(last) or os.path.join(project_dir, run_name or time.strftime('%Y%m%d_%H%M%S'))
 
 run_dir, run_dir_typed, log_name = run_dir_of(), bool({'log_dir', 'run_name', 'project_name'} & typed_now), 'log.txt'
 read_only = eval_only                    # this mode reads a checkpoint and starts no run
@@ -173,20 +171,7 @@ def steps_on_disk(suffix=''):
 
 def read_checkpoint(path):
     """(checkpoint, '') or (None, what is wrong). A file of weights alone comes back as {'model': weights}."""
-    try:
-        found = checkpoint_of(path if os.path.exists(path) or not os.path.isdir(path + '.was') else path + '.was')  # see write_whole
-        if not isinstance(found, dict) or not isinstance(found.get('model', found), dict):
-            raise ValueError('it holds no weights')
-        found = found if 'model' in found else {'model': found}
-        if 'step' in found and not (type(found['step']) is type(found['log_bytes']) is int and found['step'] >= 0 and type(found['ranks']) is list
-                                    and type(found['config']) is type(found['given']) is dict):
-            raise ValueError('its entries are not those of a checkpoint')
-        return found, ''
-    except FileNotFoundError:
-        return None, 'does not exist' + nearby(path)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        inside = nearby(os.path.join(path, os.path.basename(checkpoint_path_of(0)))) if os.path.isdir(path) else ''
-        return None, f'cannot be read as a checkpoint ({error})' + inside
+    return whole_checkpoint(path, checkpoint_of, os.path.basename(checkpoint_path_of(0)))
 
 checkpoint, checkpoint_file, damaged = None, '', set()
 reading = resume or auto_resume or read_only
@@ -263,19 +248,8 @@ if freeze_weights and not vector_size:
 # ---- distributed (=) -----------------------------------------------------------------------------------------------
 ddp = 'RANK' in os.environ  # set by torchrun
 rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
-usable = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available() and not ddp, 'cpu': True}  # gloo knows no mps
-device = device or next(name for name in usable if usable[name])
+device = find_device(device, local_rank if ddp else -1)  # '' = the best there is; one that is not there: the CPU, with a warning
 device_type = device.split(':')[0]
-if device_type not in usable:
-    fail(f'--device={device}: expected cpu, cuda, cuda:1 or mps')
-if not usable[device_type]:
-    print0(f'WARNING: --device={device}, but PyTorch sees none here: using the CPU')
-    device = device_type = 'cpu'
-if device_type == 'cuda':
-    device = f'cuda:{local_rank}' if ddp else 'cuda:0' if device == 'cuda' else device
-    if device not in [f'cuda:{i}' for i in range(torch.cuda.device_count())]:
-        fail(f'no device {device}: this machine has {torch.cuda.device_count()} GPU(s)')
-    torch.cuda.set_device(device)
 if ddp:
     store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), next(rendezvous('env://'))[0])  # dead workers' keys stay behind
     dist.init_process_group('nccl' if device_type == 'cuda' else 'gloo', store=store, rank=rank, world_size=world_size)
@@ -562,13 +536,11 @@ if master and not read_only:
             later = [checkpoint_path_of(s) for s in steps_on_disk() if s > start_step]
             best = read_checkpoint(checkpoint_path_of('best'))[0]
             later += [checkpoint_path_of('best')] if best and best.get('step', 0) > start_step else []
-            for path in later:
-                remove(path + '.old')
-                os.replace(path, path + '.old')
+            set_aside(later)
             if later:
                 print0(f'set aside as *.old, later than step {start_step}:', ', '.join(later))
         if not in_place and os.path.exists(log_path) and os.path.getsize(log_path):
-            os.replace(log_path, log_path + '.old')
+            set_aside([log_path])
             print0(f'set aside as {log_name}.old, of a run without a checkpoint: {log_path}')
         log_descriptor = os.open(log_path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         if in_place and os.fstat(log_descriptor).st_size > checkpoint['log_bytes']:
@@ -699,8 +671,6 @@ if read_only:
 others = dict({name: config[name] for name in config if name not in LAUNCH}, lr_min_ratio=min_lr_ratio, checkpoint_path=run_dir)
 yaml = all_config(dict(config, puzzle_emb_ndim=vector_size, forward_dtype=dtype), others)
 write_beside(run_dir, {'all_config.yaml': yaml} if save_config else {})
-describe = ['git', '-C', os.path.dirname(os.path.abspath(__file__)), 'describe', '--always', '--dirty']
-commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip() if shutil.which('git') else ''
 log('settings given: ' + ' '.join(f'{name}={value!r}' for name, value in config.typed().items()), prefix='# ', show=False)
 table_size = raw_model.puzzle_emb.weights.numel() if vector_size else 0
 for line in (
@@ -711,7 +681,7 @@ for line in (
     f'{train_data.examples:,} training examples of {groups:,} groups; an epoch is {epoch_size:,} of them, {steps_per_epoch:.2f} steps: {max_steps:,} steps, '
     f'evaluated every {eval_every} (-1: at the end)',
     f'{test_data.examples:,} test examples' if test_data else 'no test examples: nothing is evaluated',
-    f'device {device} ({device_name}), dtype {dtype}, compile {compile}, torch {torch.__version__}, commit {commit or "unknown"}',
+    f'device {device} ({device_name}), dtype {dtype}, compile {compile}, torch {torch.__version__}, commit {git_commit()}',
     f'run {run_dir}: ' + (f'resumed from {checkpoint_file} at step {start_step}' if resumed else
                           f'weights from {checkpoint_file}' if checkpoint else f'new, random initialisation, seed {seed}'),
 ):
@@ -775,13 +745,8 @@ for step in range(start_step, max_steps + 1):
         used = of_all_ranks(used) if ddp else used
         gradients.append(used[1])
     reporting = (step + 1) % log_interval == 0 or step == 0 or step + 1 == max_steps
-    norms = ''
-    if log_gradients and reporting:  # of every part of the model, before clipping
-        parts = {'puzzle_emb': gradients[-1:]} if vector_size else {}
-        for name, p in raw_model.named_parameters():
-            if p.requires_grad:
-                parts.setdefault(re.match(r'L_level\.layers\.(\d+\.\w+)|(\w+)', name)[0], []).append(p.grad)
-        norms = ' | grad ' + ' '.join(f'{part} {total_norm(grads).item():.2e}' for part, grads in parts.items())
+    parts = {name: p.grad for name, p in raw_model.named_parameters() if p.requires_grad} | ({'puzzle_emb': gradients[-1]} if vector_size else {})
+    norms = norms_by_part(parts) if log_gradients and reporting else ''  # before clipping
     norm = total_norm(gradients)
     torch.nn.utils.clip_grads_with_norm_(parameters, clip if clip > 0 else math.inf, norm)
     found = torch.cat((torch.stack((loss_sum, norm / world_size)), sums.to(loss_sum)))  # one host read; NaN or infinity on any rank survives the sum

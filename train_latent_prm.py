@@ -26,10 +26,8 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import lru_cache
@@ -43,9 +41,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from configurator import configure, fail, master, nearby, print0
-from model import PEAK_FLOPS, Qwen3Config, QwenLatentPRM, bucketed, compared, find_model, judged, open_paths, padded_paths, printable, table_lines
-from model import generator_states, on_cpu, read_whole, remove, seed_generators, set_generator_states, sha256, total_norm, without_nan, write_whole
-from model import load_optimizer_state, make_optimizers, optimizer_state
+from model import PEAK_FLOPS, PRM_FILES, Qwen3Config, QwenLatentPRM, bucketed, compared, find_model, judged, open_paths, padded_paths, printable, read_prm
+from model import find_device, generator_states, newest, on_cpu, read_whole, remove, seed_generators, set_aside, set_generator_states, sha256, total_norm
+from model import git_commit, load_optimizer_state, make_optimizers, optimizer_state, table_lines, whole_checkpoint, without_nan, write_whole
 
 # ---- settings ------------------------------------------------------------------------------------------------------
 # i/o
@@ -113,8 +111,6 @@ config = configure(globals(), aliases={
 
 # ---- run folder ----------------------------------------------------------------------------------------------------
 typed_now = set(config.given)  # a resume adds what was typed when the run began
-FILES = ('pytorch_model.bin', 'optimizer.pt', 'scheduler.pt', 'config.json')  # of a checkpoint, beside training_state.json
-
 def step_of(path):
     """The step of the checkpoint in a folder, without reading all of it; -1 if there is none."""
     try:
@@ -129,13 +125,16 @@ def folders(pattern):
 
 if 'ask' in typed_now and not ask.strip():
     fail('--ask: the question is empty')
+if eval_only and ask:
+    fail('--eval_only and --ask are launches of their own: give one')
 read_only = eval_only or ask != ''       # these modes read a checkpoint and start no run
 lenient = False                          # True: a typed checkpoint that cannot be read is a warning, not the end
-states = [os.path.join(path, 'training_state.json') for path in glob.glob(os.path.join('checkpoints', 'qwen_prm_*', '*'))
-          if re.fullmatch(r'checkpoint-\d+|epoch_\d+|final', os.path.basename(path)) and step_of(path) >= 0]
-run_dir = output_dir or os.path.join('checkpoints', 'qwen_prm_' + time.strftime('%Y%m%d_%H%M%S'))
-if not (output_dir or checkpoint_path) and (auto_resume or resume or read_only) and states:
-    run_dir = os.path.dirname(os.path.dirname(max(states, key=os.path.getmtime)))
+run_dir = output_dir
+if not (output_dir or checkpoint_path) and (auto_resume or resume or read_only):
+    run_dir = os.path.dirname(os.path.dirname(newest(
+        os.path.join(path, 'training_state.json') for path in glob.glob(os.path.join('checkpoints', 'qwen_prm_*', '*'))
+        if re.fullmatch(r'checkpoint-\d+|epoch_\d+|final', os.path.basename(path)) and step_of(path) >= 0)))
+run_dir = run_dir or os.path.join('checkpoints', 'qwen_prm_' + time.strftime('%Y%m%d_%H%M%S'))
 run_dir_typed, log_name = 'output_dir' in typed_now, 'training.log'
 
 def checkpoint_path_of(step):
@@ -148,24 +147,8 @@ def newest_first():
     return best + sorted(steps, key=lambda path: (-steps[path], path in elsewhere, os.path.basename(path) != 'final', path))
 
 def checkpoint_of(path):  # one dict, whatever the files; ValueError if it is damaged
-    if not os.path.isdir(path):
-        return read_whole(path)
-    if not os.path.exists(os.path.join(path, 'training_state.json')):
-        if not os.path.exists(os.path.join(path, 'pytorch_model.bin')):
-            raise ValueError('a folder without training_state.json and pytorch_model.bin')
-        return {'model': read_whole(os.path.join(path, 'pytorch_model.bin'))}
-    state, files = read_whole(os.path.join(path, 'training_state.json')), [os.path.join(path, name) for name in FILES]
-    for name, file in zip(FILES, files, strict=True):
-        if not os.path.exists(file) or sha256(file) != state['sha256'][name]:
-            raise ValueError(f'its {name} is missing or not the one that training_state.json names by its SHA-256')
-    model, optimizer, scheduler, shape = map(read_whole, files)
-    if not isinstance(scheduler, dict) or not isinstance(optimizer, dict):
-        raise ValueError('its scheduler.pt or optimizer.pt holds something else')
-    state = {name: math.inf if value is None else value for name, value in state.items()}  # JSON has no infinity
-    return dict(state, model=model, optimizer=optimizer, shape=shape, **{name: scheduler[name] for name in ('ranks', 'scaler', 'train_loader_state')})
+    return read_prm(path)
 
-if eval_only and ask:
-    fail('--eval_only and --ask are launches of their own: give one')
 elsewhere = folders(r'epoch_\d+|final')
 if elsewhere and not (checkpoint_path or auto_resume or resume or read_only or folders(r'checkpoint-\d+')):
     fail(f'{run_dir} already holds a run ({os.path.basename(min(elsewhere))}): add --auto_resume to continue it, or choose another folder for a new one')
@@ -180,20 +163,7 @@ def steps_on_disk(suffix=''):
 
 def read_checkpoint(path):
     """(checkpoint, '') or (None, what is wrong). A file of weights alone comes back as {'model': weights}."""
-    try:
-        found = checkpoint_of(path if os.path.exists(path) or not os.path.isdir(path + '.was') else path + '.was')  # see write_whole
-        if not isinstance(found, dict) or not isinstance(found.get('model', found), dict):
-            raise ValueError('it holds no weights')
-        found = found if 'model' in found else {'model': found}
-        if 'step' in found and not (type(found['step']) is type(found['log_bytes']) is int and found['step'] >= 0 and type(found['ranks']) is list
-                                    and type(found['config']) is type(found['given']) is dict):
-            raise ValueError('its entries are not those of a checkpoint')
-        return found, ''
-    except FileNotFoundError:
-        return None, 'does not exist' + nearby(path)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        inside = nearby(os.path.join(path, os.path.basename(checkpoint_path_of(0)))) if os.path.isdir(path) else ''
-        return None, f'cannot be read as a checkpoint ({error})' + inside
+    return whole_checkpoint(path, checkpoint_of, os.path.basename(checkpoint_path_of(0)))
 
 checkpoint, checkpoint_file, damaged = None, '', set()
 reading = resume or auto_resume or read_only
@@ -255,19 +225,8 @@ if best_metric not in ('auto', 'train_loss') and val_size == 0:
 # ---- distributed (=) -----------------------------------------------------------------------------------------------
 ddp = 'RANK' in os.environ  # set by torchrun
 rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
-usable = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available() and not ddp, 'cpu': True}  # gloo knows no mps
-device = device or next(name for name in usable if usable[name])
+device = find_device(device, local_rank if ddp else -1)  # '' = the best there is; one that is not there: the CPU, with a warning
 device_type = device.split(':')[0]
-if device_type not in usable:
-    fail(f'--device={device}: expected cpu, cuda, cuda:1 or mps')
-if not usable[device_type]:
-    print0(f'WARNING: --device={device}, but PyTorch sees none here: using the CPU')
-    device = device_type = 'cpu'
-if device_type == 'cuda':
-    device = f'cuda:{local_rank}' if ddp else 'cuda:0' if device == 'cuda' else device
-    if device not in [f'cuda:{i}' for i in range(torch.cuda.device_count())]:
-        fail(f'no device {device}: this machine has {torch.cuda.device_count()} GPU(s)')
-    torch.cuda.set_device(device)
 if ddp:
     store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), next(rendezvous('env://'))[0])  # dead workers' keys stay behind
     dist.init_process_group('nccl' if device_type == 'cuda' else 'gloo', store=store, rank=rank, world_size=world_size)
@@ -451,7 +410,7 @@ def state_files(run):
         'scheduler.pt': dict(step=run['step'], lr=get_lr(run['step']), scaler=scaler.state_dict(), ranks=run['ranks'],
                              train_loader_state=loader_state(run['step'])),
         'config.json': shape,
-        'training_state.json': lambda folder: dict(state, sha256={name: sha256(os.path.join(folder, name)) for name in FILES}),
+        'training_state.json': lambda folder: dict(state, sha256={name: sha256(os.path.join(folder, name)) for name in PRM_FILES}),
     }
 
 def load_weights(checkpoint):
@@ -472,8 +431,7 @@ def load_training(checkpoint):
     in_place = checkpoint_path and os.path.isdir(run_dir) and os.path.samefile(os.path.dirname(os.path.normpath(checkpoint_file)) or '.', run_dir)
     for path, step in folders(r'epoch_\d+|final').items() if master and in_place and checkpoint['step'] <= max_steps else ():
         if step > checkpoint['step']:  # of another future, as what the next section sets aside
-            remove(path + '.old')
-            os.replace(path, path + '.old')
+            set_aside([path])
             print0(f'set aside too: {path}')
 
 # ---- checkpoint (=) ------------------------------------------------------------------------------------------------
@@ -598,13 +556,11 @@ if master and not read_only:
             later = [checkpoint_path_of(s) for s in steps_on_disk() if s > start_step]
             best = read_checkpoint(checkpoint_path_of('best'))[0]
             later += [checkpoint_path_of('best')] if best and best.get('step', 0) > start_step else []
-            for path in later:
-                remove(path + '.old')
-                os.replace(path, path + '.old')
+            set_aside(later)
             if later:
                 print0(f'set aside as *.old, later than step {start_step}:', ', '.join(later))
         if not in_place and os.path.exists(log_path) and os.path.getsize(log_path):
-            os.replace(log_path, log_path + '.old')
+            set_aside([log_path])
             print0(f'set aside as {log_name}.old, of a run without a checkpoint: {log_path}')
         log_descriptor = os.open(log_path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         if in_place and os.fstat(log_descriptor).st_size > checkpoint['log_bytes']:
@@ -707,28 +663,16 @@ if ask:
         print0(f'WARNING: {data_dir} holds no *_metadata.json: the paths are thought with the default settings of prepare/latent_prm.py')
     try:
         known = read_whole(collected[0]) if collected else {}
-        for name in ('task', 'latent_steps', 'agents', 'num_parent_paths', 'diversity_strategy', 'noise_scale', 'latent_space_realign', 'temperature', 'top_p',
-                     'max_new_tokens', 'thinking', 'instruction'):  # as those paths that the scores were learned from
-            usual = getattr(collect, name)
-            value = known.get(name, usual)
-            like = type(value) is type(usual) or type(usual) is float and type(value) is int
-            if not like or type(usual) in (int, float) and not (0 if type(usual) is float else 1) <= value < math.inf:
-                raise ValueError(f'{name} is {value!r:.60}')
-            setattr(collect, name, value)
+        collect.adopt(known)  # as those paths that the scores were learned from
     except (OSError, ValueError, AttributeError) as error:
         fail(f'{collected[0]}: {error}')
     collect.num_paths, collect.num_rollouts, collect.model_path, collect.device, collect.seed = num_paths, 1, model_folder, device, seed
-    thinker, tokenizer = collect.open_model()
-    matrix, norm = thinker.realignment()
-    prompts = collect.turns(ask, tokenizer)
-    longest, room = sum(map(len, prompts)) + collect.latent_steps * len(prompts) + collect.max_new_tokens, thinker.config.max_position_embeddings
-    if longest > room:
-        fail(f'--ask: the question, its thoughts and the answer can be {longest} tokens long, the model has {room} positions')
-    realignment = matrix if collect.latent_space_realign else None, norm
-    number = zlib.crc32(ask.encode(errors='surrogatepass'))
-    thoughts = collect.explore(thinker, tokenizer, [number], [prompts], realignment, num_paths)[0][-1]
+    try:
+        prompt, thoughts = collect.think_about(ask)
+    except ValueError as error:
+        fail(f'--ask: {error}')
     latents = [path['latents'].flatten(0, 1)[-max_seq_length:] for path in thoughts]  # as in training; -0 = all
-    inputs = padded_paths(latents, [torch.tensor(prompts[0])] * num_paths if question_context else None)
+    inputs = padded_paths(latents, [torch.tensor(prompt)] * num_paths if question_context else None)
     scores, by_step = raw_model.predict_scores(*inputs).tolist(), raw_model.step_scores(*inputs).tolist()
     said = [path['answers'][0][:2] for path in thoughts]  # text, answer
     order = sorted(range(num_paths), key=lambda i: -scores[i])
@@ -760,8 +704,6 @@ if eval_only:
     leave(0)
 
 # ---- training loop -------------------------------------------------------------------------------------------------
-describe = ['git', '-C', os.path.dirname(os.path.abspath(__file__)), 'describe', '--always', '--dirty']
-commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip() if shutil.which('git') else ''
 log('settings given: ' + ' '.join(f'{name}={value!r}' for name, value in config.typed().items()), prefix='# ', show=False)
 padded_length = sum(len(rows) * full_lengths[rows].max() for rows in micro_batches(0))
 target = paths['target'][train_rows]
@@ -773,7 +715,7 @@ for line in (
     f'scores {target.min():.2f} to {target.max():.2f}, {target.mean():.3f} on average',
     f'{max_steps:,} steps of {gradient_accumulation_steps} x {batch_size} paths, {steps_per_epoch:,} an epoch; '
     f'{1 - full_lengths[train_rows].sum() / padded_length:.0%} of a batch is padding',
-    f'device {device} ({device_name}), dtype {dtype}, compile {compile}, {world_size} rank(s), torch {torch.__version__}, commit {commit or "unknown"}',
+    f'device {device} ({device_name}), dtype {dtype}, compile {compile}, {world_size} rank(s), torch {torch.__version__}, commit {git_commit()}',
     f'run {run_dir}: ' + (f'resumed from {checkpoint_file} at step {start_step}' if resumed else
                           f'weights from {checkpoint_file}' if checkpoint else f'weights from {model_folder}, random head, seed {seed}'),
     *([f'WARNING: {len(paths["target"])} paths are few: at least 100, better 1,000'] if len(paths['target']) < 100 else []),

@@ -17,6 +17,7 @@ The folder: {name}_00000.pt, ... of shard_size questions each, for torch.load(we
 finished, accuracy, majority vote, pass@N, the distribution of scores. The same command again, after a crash or with a larger --max_samples, continues.
 """
 import hashlib
+import math
 import os
 import re
 import sys
@@ -268,6 +269,30 @@ def open_model():
     if dtype not in ('', 'float32', 'bfloat16'):
         fail(f'--dtype={dtype}: must be float32 or bfloat16')
     return model.to(chosen, getattr(torch, dtype or ('float32' if kind == 'cpu' else 'bfloat16'))), tokenizer
+
+
+def adopt(known):
+    """Take over how the paths of a folder were thought from its metadata; ValueError if a value is none that main could have written."""
+    for name in ('task', 'latent_steps', 'agents', 'num_parent_paths', 'diversity_strategy', 'noise_scale', 'latent_space_realign', 'temperature', 'top_p',
+                 'max_new_tokens', 'thinking', 'instruction'):
+        usual = globals()[name]
+        value = known.get(name, usual)
+        like = type(value) is type(usual) or type(usual) is float and type(value) is int
+        if not like or type(usual) in (int, float) and not (0 if type(usual) is float else 1) <= value < math.inf:
+            raise ValueError(f'{name} is {value!r:.60}')
+        globals()[name] = value
+
+
+def think_about(question):
+    """(tokens of the first agent's prompt, num_paths paths of this one question, see explore). ValueError if it is too long for the model."""
+    model, tokenizer = open_model()
+    matrix, norm = model.realignment()
+    prompts = turns(question, tokenizer)
+    longest, room = sum(map(len, prompts)) + latent_steps * len(prompts) + max_new_tokens, model.config.max_position_embeddings
+    if longest > room:
+        raise ValueError(f'the question, its thoughts and the answer can be {longest} tokens long, the model has {room} positions')
+    number = zlib.crc32(question.encode(errors='surrogatepass'))  # of its random numbers
+    return prompts[0], explore(model, tokenizer, [number], [prompts], (matrix if latent_space_realign else None, norm), num_paths)[0][-1]
 
 
 def main():

@@ -1,7 +1,7 @@
 """Measures the trainers, by their own log lines: tokens/s, peak memory, share of this machine's matrix-product rate. Not a test.
 
-    python tests/bench.py                                     ours alone
-    python tests/bench.py --nanogpt=DIR --build_nanogpt=DIR   beside clones of karpathy/nanoGPT and karpathy/build-nanogpt
+    python tests/bench.py                                     all five scripts in one table; with the folders below also beside the public code
+    python tests/bench.py --cases quickstart head_8 --nanogpt=DIR --build_nanogpt=DIR   beside clones of karpathy/nanoGPT and karpathy/build-nanogpt
     python tests/bench.py --cases head_4 head_8 head_16 head_32
     python tests/bench.py --learning --nanogpt=DIR            the same batches and hyperparameters: loss per step, 3 seeds each
     python tests/bench.py --finetune --nanogpt=DIR            finetune_dolly.py on the rows of --dolly, beside padding random batches, beside nanoGPT
@@ -16,6 +16,7 @@ them. The step in which one was stopped does not count. build-nanogpt has no com
 evaluation is left out, and on a CPU the bfloat16 autocast, which is slower there. The public TRM code runs from a copy in which 'cpu' stands for
 'cuda', with its optimizer, a CUDA extension, written in torch, and with a wandb that prints a line each step.
 """
+import importlib.util
 import json
 import math
 import os
@@ -40,7 +41,7 @@ from configurator import configure, fail
 # -----------------------------------------------------------------------------
 # settings
 
-cases = ['quickstart', 'head_8']  # quickstart, head_4, head_8, head_16, head_32 (the head dominates), gpt2 (124M, for a GPU), trm_tiny, trm_small, trm_official
+cases = ['all']               # all; quickstart, head_4, head_8, head_16, head_32 (the head dominates), gpt2 (124M, for a GPU), trm_tiny, trm_small, trm_official
 nanogpt = ''                  # folder of a clone of karpathy/nanoGPT
 build_nanogpt = ''            # folder of a clone of karpathy/build-nanogpt
 trm = ''                      # folder of a clone of SamsungSAILMontreal/TinyRecursiveModels
@@ -226,6 +227,65 @@ def trm_contestants(case, folder):
     return found
 
 
+LINE = r' dt (\d+)ms \| (?:tok/s|samples/s) ([\d,.]+)'  # of a log
+
+
+def laptop_runs(folder):
+    """{script: (what it trains here, its arguments)}: the shapes of the scripts' laptop commands, on data made in `folder`."""
+    from harness import make_addition_data, make_paths, make_puzzle_data, make_qwen, make_rows_data, make_text_data
+    make_text_data(folder / 'text', tokens=200_000)
+    make_rows_data(folder / 'rows', rows=1000, longest=60)
+    make_puzzle_data(folder / 'puzzles', groups=500, cells=16, vocab_size=6)
+    make_addition_data(folder / 'sums', problems=5000)
+    make_qwen(folder / 'qwen', hidden_size=128, layers=2, vocab_size=448)
+    make_paths(folder / 'paths', questions=100, paths=8, hidden_size=128, longest=8)
+    for name in ('puzzles', 'sums'):
+        shutil.rmtree(folder / name / 'test')  # without it nothing is evaluated
+    gpt = ['--eval_interval=-1', '--checkpoint_interval=-1', '--generate_interval=-1', '--log_interval=1']
+    tiny = ['--preset=tiny', '--eval_interval=-1', '--log_interval=1']
+    return {
+        'train_gpt2.py': ('4 x 128, bytes, 16 x 128 tokens', ['--model=tiny', '--data_root=text', '--val_tokens=2048', *gpt]),
+        'finetune_dolly.py': ('4 x 128, bytes, 16 rows', ['--model=tiny', '--data_dir=rows', '--eval_answers=0', *gpt]),
+        'pretrain_trm.py': ('mlp_t, 64 wide, 128 slots of 16 cells', ['--data_paths=puzzles', *tiny]),
+        'finetune_addition.py': ('mlp_t, 64 wide, 64 slots of 12 cells', ['--data_path=sums', *tiny]),
+        'train_latent_prm.py': ('2 x 128, 64 paths of 1 to 8 latents', ['--preset=tiny', '--model_path=qwen', '--data_dir=paths', '--logging_steps=1', '--save_steps=-1']),
+    }
+
+
+def measure_all():
+    """One table of all five scripts. What a script is beside public code comes first, where the code or the data for that are here."""
+    beside = {}
+    if nanogpt or build_nanogpt:
+        beside['train_gpt2.py'] = measure('quickstart')
+    if os.path.isdir(dolly):
+        beside['finetune_dolly.py'] = measure_finetuning()
+    if trm:
+        beside['pretrain_trm.py'] = measure('trm_tiny')
+        beside['finetune_addition.py'] = 'the same model as pretrain_trm.py'
+    if importlib.util.find_spec('transformers'):
+        beside['train_latent_prm.py'] = measure_prm()
+    with tempfile.TemporaryDirectory() as folder:
+        running, runs = [], laptop_runs(Path(folder))
+        try:
+            for script, (_, args) in runs.items():
+                common = ['--max_steps=1000000', f'--device={device}', f'--output_dir=run_{script}' if 'prm' in script else f'--log_dir=run_{script}']
+                running.append(Contestant(script, folder, [ROOT / script, *args, *common], LINE))
+                running[-1].rates.clear()
+            for _ in range(rounds):
+                for one in running:
+                    before = len(one.rates)
+                    one.turn(steps or max(2, round(3000 / (statistics.median(one.ms) if one.ms else 1000))))
+                    del one.rates[before]  # of the step in which it was stopped
+        finally:
+            memory = {one.name: one.end() for one in running}
+    print('\n| script | model, batch | ms per step (quartiles) | throughput | peak memory | beside public code |\n|---|---|---|---|---|---|')
+    for one in running:
+        low, middle, high = statistics.quantiles(one.ms, n=4)
+        unit = {'train_gpt2.py': 'tokens/s', 'finetune_dolly.py': 'response tokens/s', 'train_latent_prm.py': 'paths/s'}.get(one.name, 'slots/s')
+        print(f'| `{one.name}` | {runs[one.name][0]} | {middle:.0f} ({low:.0f} to {high:.0f}, {len(one.ms)} steps) | {statistics.median(one.rates):,.0f} {unit} '
+              f'| {memory[one.name]:,.0f} MB | {beside.get(one.name, "-")} |', flush=True)
+
+
 def matrix_rate():
     """FLOP/s of this CPU's float32 matrix products, or what the GPU's maker states (see PEAK_FLOPS)."""
     import torch
@@ -280,6 +340,8 @@ def measure(case):
         ratio = f'{speed[one.name] / speed[best]:.2f} and {memory[one.name] / memory[best]:.2f}' if best else ''
         print(f'| {one.name} | {middle:.0f} ({low:.0f} to {high:.0f}, {len(one.ms)} steps) | {speed[one.name]:,.0f} '
               f'| {flops * speed[one.name] / statistics.median(rates):.0%} | {memory[one.name]:,.0f} MB | {ratio} |', flush=True)
+    ours = max(set(speed) - set(others), key=speed.get)
+    return f'{speed[ours] / speed[best]:.2f} times {best} ({case}{", " * (ours != "ours")}{ours.removeprefix("ours ") * (ours != "ours")})' if best else '-'
 
 
 def measure_finetuning():
@@ -335,13 +397,12 @@ def measure_finetuning():
     for one in running:
         tokens = 4 * block_size * share * len(one.ms) if one.pattern.groups == 1 else sum(ms * rate / 1000 for ms, rate in zip(one.ms, one.rates, strict=True))
         speed[one.name] = tokens / sum(one.ms) * 1000
-        print(f'| {one.name} | {speed[one.name]:,.0f} | {speed[one.name] / speed["ours"]:.2f} | {len(one.ms)} | {memory[one.name]:,.0f} MB |')
+        print(f'| {one.name} | {speed[one.name]:,.0f} | {speed[one.name] / speed["ours"]:.2f} | {len(one.ms)} | {memory[one.name]:,.0f} MB |', flush=True)
+    return ', '.join(f'{speed["ours"] / speed[name]:.2f} times {name}' for name in speed if name != 'ours') + ' (response tokens)'
 
 
 def learn_as_nanogpt(seed, batches, lr_of):
     """Losses of nanoGPT's model and optimizer on `batches`, in its own order of a step."""
-    import importlib.util
-
     import torch
     spec = importlib.util.spec_from_file_location('nanogpt_model', Path(nanogpt, 'model.py'))
     module = sys.modules['nanogpt_model'] = importlib.util.module_from_spec(spec)
@@ -531,12 +592,13 @@ def measure_prm():
         for one, seconds in times.items():
             print(f'| {one} | {n / statistics.median(seconds):,.0f} ({", ".join(f"{n / s:,.0f}" for s in seconds)}) | {padding[one]:.0%} |')
         print(f'ours is {found[name]:.2f} times as fast (median of the turns)', flush=True)
+    return ', '.join(f'{ratio:.2f} times transformers ({name})' for name, ratio in found.items())
 
 
 if __name__ == '__main__':
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no stopped contestant stays behind
-    if set(cases) - {*CASES, *TRM}:
-        fail(f'unknown cases {sorted(set(cases) - {*CASES, *TRM})}, known are {", ".join((*CASES, *TRM))}')
+    if set(cases) - {'all', *CASES, *TRM}:
+        fail(f'unknown cases {sorted(set(cases) - {"all", *CASES, *TRM})}, known are all, {", ".join((*CASES, *TRM))}')
     if learning and trm:
         compare_trm_learning()
     elif learning:
@@ -547,4 +609,4 @@ if __name__ == '__main__':
         measure_prm()
     else:
         for case in cases:
-            measure(case)
+            measure_all() if case == 'all' else measure(case)

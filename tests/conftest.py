@@ -9,7 +9,7 @@ os.environ['OMP_NUM_THREADS'] = '1'  # before torch is imported: runs of two ran
 os.environ['TORCH_CPP_LOG_LEVEL'] = 'ERROR'  # where no name service answers, gloo warns that it does not know its own name
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[1])]
 
-from harness import TINY, Launcher, make_text_data  # noqa: E402
+from harness import TINY, make_text_data, the_launcher  # noqa: E402
 
 
 def pytest_addoption(parser):
@@ -21,13 +21,14 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(config, items):
     """Which tests keep together on one of pytest-xdist's workers: those of a file or, in test_reliability.py, of a script, for they share finished runs.
 
-    The short form of the reliability tests. Of the fenced blocks, which are the same text in all scripts (test_fences.py): two scripts stand for all
-    five. Marked `slots`, of what trm.py does for both recursive scripts: pretrain_trm.py stands for both. --kills=50 runs everything."""
+    The short form of the reliability tests, whose blocks are the same text in all scripts (test_fences.py). Marked `fenced`: two scripts stand for all five,
+    one whose checkpoint is a file and one whose is a folder; `once`, where that does not matter: the first alone. Marked `slots`, of what trm.py does for both
+    recursive scripts: pretrain_trm.py stands for both. Marked `long`: float32 where float64 is stricter. --kills=50 runs everything."""
     if config.getoption('--kills') < 50:
-        left_out = [item for item in items if item.get_closest_marker('fenced') and item.callspec.params['case'] not in ('train_gpt2', 'train_latent_prm')
-                    or item.get_closest_marker('slots') and item.callspec.params['case'] == 'finetune_addition']
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in set(left_out)]
+        stand_in = dict(fenced=('train_gpt2', 'train_latent_prm'), once=('train_gpt2',), slots=('train_gpt2', 'finetune_dolly', 'pretrain_trm', 'train_latent_prm'), long=())
+        left_out = {item for item in items for mark, cases in stand_in.items() if item.get_closest_marker(mark) and item.callspec.params['case'] not in cases}
+        config.hook.pytest_deselected(items=list(left_out))
+        items[:] = [item for item in items if item not in left_out]
     for item in items:
         item.add_marker(pytest.mark.xdist_group(item.callspec.params['case'] if 'case' in getattr(item, 'fixturenames', ()) else item.path.name))
 
@@ -44,9 +45,7 @@ def fuzz(request):
 
 @pytest.fixture(scope='session')
 def launcher():
-    launcher = Launcher()
-    yield launcher
-    launcher.close()
+    return the_launcher()
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ The forking process runs no torch operation (its thread pools would not survive 
 script: a place to break things (a function that returns NaN, an os.replace that kills).
 """
 import atexit
+import functools
 import gc
 import hashlib
 import itertools
@@ -117,6 +118,23 @@ class Launcher:
     def close(self):
         self.server.stdin.close()
         self.server.wait(10)
+
+
+@functools.lru_cache
+def the_launcher():
+    launcher = Launcher()
+    atexit.register(launcher.close)
+    return launcher
+
+
+def prepare(name, *args, cwd, code=0):
+    """Run prepare/{name}.py; what it printed, or where another exit code is expected what it complained of."""
+    run = the_launcher().run(f'prepare/{name}.py', args, cwd=cwd, timeout=300)
+    out, err = run.out, run.err
+    assert run.code == code and 'Traceback' not in err, f'{run.code}\n{out}\n{err}'
+    for path in (run.outs[0], str(run.outs[0]) + '.err'):  # tests look at what a script leaves behind
+        os.unlink(path)
+    return err if code else out
 
 
 class Run:

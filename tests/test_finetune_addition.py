@@ -12,10 +12,9 @@ from functools import lru_cache
 import numpy as np
 import pytest
 import torch
-from harness import ROOT, load, make_addition_data, make_puzzle_data, make_text_data
+from harness import ROOT, load, make_addition_data, make_puzzle_data, make_text_data, prepare
 from test_configurator import GUIDES
 from test_pretrain_trm import EAGER, SEEN
-from test_puzzles import prepare
 
 import trm
 
@@ -154,8 +153,8 @@ def test_the_seed_decides(tmp_path):
 def test_what_cannot_be_made(tmp_path, args, told):
     (tmp_path / 'tests').mkdir()
     (tmp_path / 'tests/mine').write_text('x')
-    run = subprocess.run([sys.executable, ROOT / 'prepare/addition.py', *args], cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 2 and told in run.stderr and len(run.stderr.strip().splitlines()) == 1, run.stderr
+    err = prepare('addition', *args, cwd=tmp_path, code=2)
+    assert told in err and len(err.strip().splitlines()) == 1, err
     assert sorted(path.name for path in tmp_path.rglob('*')) == ['mine', 'tests']
 
 

@@ -11,9 +11,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from harness import ROOT, load, make_puzzle_data
+from harness import ROOT, load, make_puzzle_data, prepare
 from test_configurator import GUIDES
-from test_puzzles import prepare, write_arc
+from test_puzzles import write_arc
 
 import trm
 

@@ -3,24 +3,15 @@ import csv
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from harness import ROOT, make_puzzle_data
+from harness import ROOT, make_puzzle_data, prepare
 
 import trm
 
 SHARED = ROOT.parent / 'shared' / 'data'
 GOALS = ('inputs', 'labels', 'puzzle_identifiers', 'puzzle_indices', 'group_indices')
-
-
-def prepare(name, *args, cwd, code=0):
-    run = subprocess.run([sys.executable, ROOT / f'prepare/{name}.py', *map(str, args)], cwd=cwd, capture_output=True, text=True)
-    assert run.returncode == code, run.stdout + run.stderr
-    assert 'Traceback' not in run.stderr, run.stderr
-    return run.stderr if code else run.stdout
 
 
 def module(name):

@@ -203,8 +203,7 @@ CASES = dict(
 )
 
 
-# Tests marked `fenced` need nothing but the blocks that are the same text in all scripts: the short form runs them with a checkpoint that is a file
-# and with one that is a folder, --kills=50 with all five; those marked `slots` run with pretrain_trm.py for both recursive scripts (see conftest.py).
+# Of tests marked `fenced`, `once`, `slots` and `long` the short form leaves out some scripts (see conftest.py).
 # ---- a bench: a script, a folder to run it in, finished runs to compare with ------------------------------------------
 @pytest.fixture(scope='module', params=CASES)
 def case(request):
@@ -545,7 +544,7 @@ def test_resume_with_another_number_of_ranks(bench, before, after):
     assert len(load(checkpoint(bench, 8))['ranks']) == max(1, after)
 
 
-@pytest.mark.fenced
+@pytest.mark.once
 def test_generators_of_new_ranks_depend_on_seed_rank_and_step_alone(bench):
     for out in ('a', 'b'):
         stopped(bench, 4, out)
@@ -795,7 +794,7 @@ def test_a_missing_checkpoint_names_one_that_exists(bench, ranks):
     assert 'cannot be read as a checkpoint' in err and '; there is logs/' in err and bench.case.name(4) in err
 
 
-@pytest.mark.fenced
+@pytest.mark.once
 def test_checkpoint_path_without_a_verb(bench):
     stopped(bench, 4, 'logs')
     assert '--resume' in go(bench, f'--checkpoint_path=logs/{bench.case.name(4)}').one_line(2)
@@ -871,7 +870,7 @@ def test_the_command_line_beats_the_stored_settings(bench):
     assert same_until == [line for line in clean_log(straight(bench) / bench.case.log) if re.match(r'step [0-4]/', line)]
 
 
-@pytest.mark.fenced
+@pytest.mark.once
 def test_typed_settings_come_back_without_being_typed_again(bench):
     stopped(bench, 4)
     run = go(bench, '--auto_resume', bare=True).ok()
@@ -905,7 +904,7 @@ def test_changed_data_are_refused_with_a_sentence(bench):
     assert tree(folder) == before
 
 
-@pytest.mark.fenced
+@pytest.mark.once
 def test_a_checkpoint_beyond_max_steps(bench):
     folder = stopped(bench, 6)
     before = tree(folder)
@@ -990,7 +989,7 @@ def test_signal(bench, phase, number, ranks, to):
     same(bench, straight(bench, ranks=ranks), ignore=['lr'] if phase == 'last evaluation' else [])
 
 
-@pytest.mark.fenced
+@pytest.mark.once
 def test_signals_one_after_the_other(bench):
     """Stopped in a step, at once after the resume, and in the evaluation of the step after that."""
     for phase in ('training', 'first step', 'first evaluation', 'first step'):
@@ -1016,7 +1015,7 @@ def test_a_signal_in_the_first_step_after_a_resume_into_another_folder(bench):
     assert differences(load(checkpoint(bench, 8)), load(checkpoint(bench, 8, straight(bench))), VOLATILE) == []
 
 
-@pytest.mark.fenced
+@pytest.mark.once
 def test_a_second_signal_ends_at_once(bench):
     run = start(bench, prelude=hook(bench, 'if trained == 5: pause(20)'))
     run.wait_for('HERE')
@@ -1076,7 +1075,7 @@ def farthest(a, b):
 
 
 @pytest.mark.slots
-@pytest.mark.parametrize('dtype, near', [('float32', 1e-5), ('float64', 1e-6)])
+@pytest.mark.parametrize('dtype, near', [pytest.param('float32', 1e-5, marks=pytest.mark.long), ('float64', 1e-6)])
 def test_ranks_and_micro_batches_do_not_change_the_training(bench, dtype, near):
     prelude, found = f'import torch; torch.set_default_dtype(torch.{dtype})\n' + hook(bench, record(bench)), []
     if dtype not in bench.case.ways:
@@ -1143,7 +1142,7 @@ def test_a_file_that_cannot_grow(bench, ranks):
     same(bench, expected)
 
 
-@pytest.mark.fenced
+@pytest.mark.once
 @pytest.mark.parametrize('ranks', [0, 2])
 def test_disk_full_while_logging(bench, ranks):
     folder = stopped(bench, 4, ranks=ranks)
@@ -1160,7 +1159,7 @@ def test_disk_full_while_logging(bench, ranks):
     same(bench, straight(bench, ranks=ranks))
 
 
-@pytest.mark.fenced
+@pytest.mark.once
 @pytest.mark.parametrize('ranks', [0, 2])
 def test_a_folder_that_cannot_be_written(bench, ranks):
     (bench.cwd / 'file').write_text('mine')
@@ -1209,7 +1208,7 @@ def test_nothing_touches_the_network(bench):
 
 
 # ---- torchrun, for real ----------------------------------------------------------------------------------------------
-@pytest.mark.fenced
+@pytest.mark.once
 def test_torchrun(bench):
     """A worker is killed in the middle, the launcher begins again. And a mistake is told once, not by each rank."""
     expected = straight(bench, ranks=2)
@@ -1276,7 +1275,7 @@ sys.meta_path.insert(0, Finder())
 """
 
 
-@pytest.mark.fenced
+@pytest.mark.once
 @pytest.mark.parametrize('ranks', [0, 2])
 def test_wandb(bench, ranks):
     go(bench, ranks=ranks, prelude=WANDB, out='without').ok()
@@ -1290,7 +1289,7 @@ def test_wandb(bench, ranks):
     same(bench, straight(bench, ranks=ranks), ignore=['wandb_id'])
 
 
-@pytest.mark.fenced
+@pytest.mark.once
 def test_wandb_that_is_not_installed(bench):
     if importlib.util.find_spec('wandb'):
         prelude = "import sys; sys.modules['wandb'] = None"
