@@ -48,7 +48,7 @@ RUN = {
     'python finetune_dolly.py --export=out': '--export=answers',
     'python prepare/sudoku.py --generate --size=4 --train_size=10000 --output_dir=data/sudoku4': '--train_size=20 --test_size=5',
     'python pretrain_trm.py --preset=tiny --data_paths=data/sudoku4': '--max_steps=3 --log_dir=sudoku',
-    'python prepare/sudoku.py --generate --size=6 --train_size=3000 --num_aug=30 --output_dir=data/sudoku6': '--train_size=5 --test_size=2 --num_aug=2',
+    'python prepare/sudoku.py --generate --size=6 --train_size=10000 --num_aug=30 --output_dir=data/sudoku6': '--train_size=5 --test_size=2 --num_aug=2',
     'python prepare/maze.py --generate --size=9 --train_size=20000 --aug --output_dir=data/maze9': '--train_size=5 --test_size=2',
     'python prepare/addition.py --max_digits=2 --output_dir=data/addition2': '--test_size=20',
     'python finetune_addition.py --preset=tiny --data_path=data/addition2 --run_name=two_digits': '--total_steps=3 --eval_interval=-1',
