@@ -745,8 +745,10 @@ for step in range(start_step, max_steps + 1):
         used = of_all_ranks(used) if ddp else used
         gradients.append(used[1])
     reporting = (step + 1) % log_interval == 0 or step == 0 or step + 1 == max_steps
-    parts = {name: p.grad for name, p in raw_model.named_parameters() if p.requires_grad} | ({'puzzle_emb': gradients[-1]} if vector_size else {})
-    norms = norms_by_part(parts) if log_gradients and reporting else ''  # before clipping
+    norms = ''
+    if log_gradients and reporting:  # before clipping
+        learning = {name: p.grad for name, p in raw_model.named_parameters() if p.requires_grad}
+        norms = norms_by_part(learning | ({'puzzle_emb': gradients[-1]} if vector_size else {}))
     norm = total_norm(gradients)
     torch.nn.utils.clip_grads_with_norm_(parameters, clip if clip > 0 else math.inf, norm)
     found = torch.cat((torch.stack((loss_sum, norm / world_size)), sums.to(loss_sum)))  # one host read; NaN or infinity on any rank survives the sum

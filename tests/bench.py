@@ -341,7 +341,7 @@ def measure(case):
         print(f'| {one.name} | {middle:.0f} ({low:.0f} to {high:.0f}, {len(one.ms)} steps) | {speed[one.name]:,.0f} '
               f'| {flops * speed[one.name] / statistics.median(rates):.0%} | {memory[one.name]:,.0f} MB | {ratio} |', flush=True)
     ours = max(set(speed) - set(others), key=speed.get)
-    return f'{speed[ours] / speed[best]:.2f} times {best} ({case}{", " * (ours != "ours")}{ours.removeprefix("ours ") * (ours != "ours")})' if best else '-'
+    return f'{ours}: {speed[ours] / speed[best]:.2f} times {best} ({case})' if best else '-'
 
 
 def measure_finetuning():

@@ -1,5 +1,6 @@
 """model.py: equality with the published GPT-2, the loss without logits, generation, tokenizers, and every file it reads."""
 import json
+import os
 import pickle
 import random
 import zipfile
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from harness import make_text_data, write_shard
 
-from model import GELU, GPT, GPT_SIZES, GPTConfig, HeadLoss, load_tokenizer, open_shards, read_whole, shard_rows
+from model import GELU, GPT, GPT_SIZES, GPTConfig, HeadLoss, load_tokenizer, newest, open_shards, read_whole, shard_rows
 
 SMALL = GPTConfig(block_size=32, vocab_size=96, n_layer=3, n_head=4, n_embd=32)
 
@@ -78,16 +79,26 @@ def test_gelu_is_the_tanh_approximation():
     assert far.grad.tolist() == [0, 0, 1]
 
 
+def test_the_newest_of_files_that_vanish(tmp_path):
+    for age, name in enumerate('abc'):
+        (tmp_path / name).write_text('')
+        os.utime(tmp_path / name, (1000 - age, 1000 - age))
+    assert newest([tmp_path / 'c', tmp_path / 'gone', tmp_path / 'b']) == tmp_path / 'b' and newest([]) == '' == newest([tmp_path / 'gone'])
+
+
 # ---- loss
-@pytest.mark.parametrize('rows', [1, 7, 64])
-def test_loss_is_cross_entropy_without_the_logits(rows, monkeypatch):
+@pytest.mark.parametrize('rows, slices', [(1, 5), (20, 3), (70, 1)])  # of at least 16 rows, the last one shorter
+def test_loss_is_cross_entropy_without_the_logits(rows, slices, monkeypatch):
     """In slices of any size, with targets that do not count, in float64 to the last digits."""
     torch.manual_seed(0)
-    x, w = torch.randn(64, 8, dtype=torch.float64, requires_grad=True), torch.randn(96, 8, dtype=torch.float64, requires_grad=True)
-    targets = torch.randint(96, (64,))
+    x, w = torch.randn(70, 8, dtype=torch.float64, requires_grad=True), torch.randn(96, 8, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(96, (70,))
     targets[::5] = -1
     monkeypatch.setattr('model.LOGITS_AT_ONCE', rows * 96)
+    products, mm = [], torch.mm
+    monkeypatch.setattr('torch.mm', lambda *args, **kwargs: products.append(1) or mm(*args, **kwargs))
     loss = HeadLoss.apply(x, w, targets, True) * 3
+    assert len(products) == 2 * slices  # each with its logits and a gradient
     expected = F.cross_entropy(x @ w.t(), targets, ignore_index=-1, reduction='sum') * 3
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
     for ours, theirs in zip(torch.autograd.grad(loss, (x, w)), torch.autograd.grad(expected, (x, w)), strict=True):
