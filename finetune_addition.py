@@ -17,16 +17,12 @@ Two nodes (on the second one --node_rank=1; both must see checkpoints/):
 Interrupted, by whatever and at whatever moment:
     python finetune_addition.py --auto_resume            (the newest run; or name it: --run_name=x)
 """
-import copy
-import glob
 import math
 import os
 import re
-import shutil
 import signal
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import lru_cache
 from types import SimpleNamespace
@@ -37,11 +33,12 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from configurator import LAUNCH, configure, fail, master, nearby, print0
-from model import PEAK_FLOPS, git_commit, load_optimizer_state, norms_by_part, optimizer_state, read_whole, total_norm
-from model import find_device, generator_states, newest, on_cpu, remove, seed_generators, set_aside, set_generator_states, whole_checkpoint, write_whole
-from trm import IGNORE, METRICS, RECURSION, SHAPE, TRM, AdamATan2, TRMConfig, sign_sgd
-from trm import addition_tokens, adopt_trm, all_config, deal_carries, examples_of_epoch, fit_trm, least_steps, of_all_ranks, open_sums, puzzle_tensors, read_trm
+from configurator import configure, fail, master, nearby, print0
+from model import PEAK_FLOPS, load_optimizer_state, norms_by_part, optimizer_state, total_norm
+from model import agree, ahead, cannot_write, cpu_group, everyone, find_device, first_readable, generator_states, git_commit, on_cpu, open_log, rotate
+from model import seed_generators, set_generator_states, start_wandb, steps_on_disk, write_together, write_whole
+from trm import IGNORE, METRICS, SHAPE, AdamATan2, addition_tokens, all_config, average_of, begin_with, deal_carries, examples_of_epoch, least_steps
+from trm import load_trm, new_trm, of_all_ranks, open_sums, puzzle_tensors, run_folder, sign_sgd, slots_of, trm_checkpoint
 
 # ---- settings ------------------------------------------------------------------------------------------------------
 # i/o
@@ -128,19 +125,9 @@ config = configure(globals(), aliases={'max_lr': 'lr', 'learning_rate': 'lr', 'w
 
 # ---- run folder ----------------------------------------------------------------------------------------------------
 typed_now = set(config.given)  # a resume adds what was typed when the run began
-if any(re.search(r'^\.*$|[/\0]', name) for name in (run_name or 'x', project_name)):
-    fail(f'--run_name={run_name} and --project_name={project_name} are names of folders, without /')
 project_dir = os.path.join('checkpoints', project_name)
-
-def run_dir_of():
-    """log_dir, else checkpoints/{project_name}/{run_name}. A run that nobody named is the newest where one is to be read, else a new one."""
-    if log_dir and ('log_dir' in config.typed_here or not {'run_name', 'project_name'} & config.typed_here):
-        return log_dir
-    steps = [path for path in glob.glob(os.path.join(glob.escape(project_dir), '*', 'step_*')) if re.fullmatch(r'step_\d+', os.path.basename(path))]
-    last = newest(steps) if not run_name and (auto_resume or resume or eval_only or ask) else ''
-    return os.path.dirname(last) or os.path.join(project_dir, run_name or time.strftime('%Y%m%d_%H%M%S'))
-
-run_dir, run_dir_typed, log_name = run_dir_of(), bool({'log_dir', 'run_name', 'project_name'} & typed_now), 'log.txt'
+run_dir = run_folder(config, project_dir, auto_resume or resume or eval_only or ask)
+run_dir_typed, log_name = bool({'log_dir', 'run_name', 'project_name'} & typed_now), 'log.txt'
 read_only = eval_only or bool(ask)       # these modes read a checkpoint and start no run
 lenient = False                          # True: a typed checkpoint that cannot be read is a warning, not the end
 
@@ -148,12 +135,10 @@ def checkpoint_path_of(step):
     return os.path.join(run_dir, f'step_{step}')
 
 def newest_first():
-    return [checkpoint_path_of(step) for step in reversed(steps_on_disk())]
+    return [checkpoint_path_of(step) for step in reversed(steps_on_disk(checkpoint_path_of))]
 
 def checkpoint_of(path):  # one dict, whatever the files; ValueError if it is damaged
-    found = read_whole(path)
-    others = isinstance(found, dict) and isinstance(found.get('config'), dict) and 'data_paths' in found['config']  # pretrain_trm.py's are weights here
-    return found if isinstance(found, dict) and 'step' in found and not others else read_trm(path)
+    return trm_checkpoint(path, 'data_paths')  # pretrain_trm.py's are weights here
 
 if 'base_checkpoint' in config.typed_here and base_checkpoint:
     if checkpoint_path:
@@ -168,31 +153,12 @@ if None in sums_asked:
 
 # ---- stored run (=) ------------------------------------------------------------------------------------------------
 # Which checkpoint this launch reads, if any. What was typed when that run began counts as typed again, unless anew.
-def steps_on_disk(suffix=''):
-    """Steps of the checkpoints in run_dir, ascending. Only names that checkpoint_path_of itself writes are ours."""
-    names = set(os.listdir(run_dir)) if os.path.isdir(run_dir) else set()
-    steps = {int(digits) for name in names for digits in re.findall('[0-9]{1,18}', name)}
-    return sorted(s for s in steps if os.path.basename(checkpoint_path_of(s)) + suffix in names)
-
-def read_checkpoint(path):
-    """(checkpoint, '') or (None, what is wrong). A file of weights alone comes back as {'model': weights}."""
-    return whole_checkpoint(path, checkpoint_of, os.path.basename(checkpoint_path_of(0)))
-
-checkpoint, checkpoint_file, damaged = None, '', set()
 reading = resume or auto_resume or read_only
 if checkpoint_path and not reading:
     fail(f'--checkpoint_path={checkpoint_path} does nothing by itself: add --resume to continue from it')
-for path in [checkpoint_path] if checkpoint_path else newest_first() if reading else []:
-    checkpoint, problem = read_checkpoint(path)
-    if checkpoint and 'step' not in checkpoint and not checkpoint_path and not read_only:
-        checkpoint, problem = None, 'holds weights only'
-    if checkpoint:
-        checkpoint_file = path
-        break
-    if checkpoint_path and not lenient:
-        fail(f'{path} {problem}')
-    damaged.add(path)
-    print0(f'WARNING: {path} {problem}; it is left as it is')
+found = [checkpoint_path] if checkpoint_path else newest_first() if reading else []
+checkpoint, checkpoint_file, damaged = first_readable(found, checkpoint_of, checkpoint_path_of, strict=checkpoint_path != '' and not lenient,
+                                                      weights_too=checkpoint_path != '' or read_only)
 resumed = checkpoint is not None and 'step' in checkpoint and not read_only
 if read_only and checkpoint:
     print0(f'checkpoint {checkpoint_file}')
@@ -200,9 +166,8 @@ elif read_only:
     fail(f'no readable checkpoint in {run_dir}: name one with --checkpoint_path{nearby(checkpoint_path_of(0))}')
 if resumed and checkpoint_path and not run_dir_typed:
     run_dir = os.path.dirname(os.path.normpath(checkpoint_path)) or '.'
-elif not (resumed or read_only or (auto_resume or resume) and not checkpoint_path) and steps_on_disk():
-    fail(f'{run_dir} already holds a run ({os.path.basename(checkpoint_path_of(steps_on_disk()[-1]))}): add --auto_resume to continue it, '
-         'or choose another folder for a new one')
+elif not (resumed or read_only or reading and not checkpoint_path) and steps_on_disk(checkpoint_path_of):
+    fail(f'{run_dir} already holds a run ({os.path.basename(newest_first()[0])}): add --auto_resume to continue it, or choose another folder for a new one')
 if checkpoint and 'step' in checkpoint:
     config.restore(checkpoint['given'], checkpoint_file)
 elif checkpoint:
@@ -211,17 +176,7 @@ elif checkpoint:
 # ---- derived -------------------------------------------------------------------------------------------------------
 config.assign('log_dir', run_dir)
 config.given -= {name for name in ('L_layers', 'H_cycles', 'L_cycles', 'columns') if not config[name]}
-if base_checkpoint and not checkpoint:
-    checkpoint_file = base_checkpoint
-    try:
-        checkpoint = read_trm(base_checkpoint)
-    except (ValueError, OSError) as error:
-        fail(f'--base_checkpoint={base_checkpoint}' + (f' does not exist{nearby(base_checkpoint)}' if isinstance(error, FileNotFoundError) else f': {error}'))
-if checkpoint and 'step' not in checkpoint:
-    try:
-        adopt_trm(config, checkpoint['config'], checkpoint_file)
-    except ValueError as error:
-        fail(error)
+checkpoint, checkpoint_file = begin_with('base_checkpoint', config, checkpoint, checkpoint_file)
 config.fill({
     'tiny': dict(hidden_size=64, num_heads=4, multiple_of=32, L_layers=1, H_cycles=2, L_cycles=2, mlp_t=True, pos_encodings='none', puzzle_emb_len=1,
                  halt_max_steps=6, halt_threshold=0.9, lr=1e-2, puzzle_emb_lr=1e-2, min_lr_ratio=0.1, total_steps=600, ema_rate=0.99, log_interval=50),
@@ -236,7 +191,9 @@ schedule, cycles = lr_scheduler if decay_lr else 'constant', lr_restarts + 1
 wandb_project = project_name
 shape = (*SHAPE, 'global_batch_size', 'freeze_weights', 'freeze_heads')  # settings that a resumed model cannot change
 data_parallel = True  # False: the script sums the gradients itself, without DistributedDataParallel
-rank_state, load_rank_state = lambda: dict(carry=carries), lambda stored: load_carries()  # what each rank alone knows beside its generators
+def rank_state():  # what each rank alone knows beside its generators
+    return dict(carry=carries)
+
 own_progress = dict(sums=[0.0] * len(METRICS), best_exact=-1.0)  # of the slots since the last log line; of step_best
 if max(beta1, beta2, ema_rate, halt_threshold) >= 1 or min(lr, halt_threshold) <= 0:
     fail('beta1, beta2, ema_rate and halt_threshold must be less than 1, lr and halt_threshold more than 0')
@@ -260,22 +217,8 @@ device_type = device.split(':')[0]
 if ddp:
     store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), next(rendezvous('env://'))[0])  # dead workers' keys stay behind
     dist.init_process_group('nccl' if device_type == 'cuda' else 'gloo', store=store, rank=rank, world_size=world_size)
-    cpu_group = dist.new_group(backend='gloo')  # for what the ranks tell each other beside gradients
 device_name = torch.cuda.get_device_name(device) if device_type == 'cuda' else device_type
 peak_flops = next((flops for name, flops in PEAK_FLOPS.items() if name in device_name), 0)  # 0 = unknown: no mfu
-
-def everyone(value):
-    """[value of rank 0, value of rank 1, ...], on every rank."""
-    values = [value] * world_size
-    if ddp:
-        dist.all_gather_object(values, value, group=cpu_group)
-    return values
-
-def agree(problem, code=2):
-    """End all ranks if any has a problem (a sentence; '' = none): none may be left waiting for one that is gone."""
-    first = next(filter(None, everyone(problem)), '')
-    if first:
-        fail(first, code)
 
 # ---- precision and seed (=) ----------------------------------------------------------------------------------------
 autocast = nullcontext() if dtype == 'float32' else torch.autocast(device_type, getattr(torch, dtype))
@@ -329,12 +272,7 @@ try:
             raise ValueError('--carry_loss_weight=0: a model of single digits reads its own carries, it has to learn them')
 except (ValueError, OverflowError, MemoryError) as error:
     fail(f'{error}' if ask else f'{error}; to make data: `python prepare/addition.py --output_dir={data_path}`')
-accumulation = -(-max(1, grad_accumulation_steps) // world_size)  # micro-steps per step
-slices = accumulation * world_size
-B = global_batch_size // slices  # slots of one
-if global_batch_size % slices:
-    fail(f'global_batch_size {global_batch_size} is no multiple of {accumulation} micro-step(s) x {world_size} rank(s); '
-         f'the nearest that is: {max(1, round(global_batch_size / slices)) * slices}')
+accumulation, B = slots_of(global_batch_size, grad_accumulation_steps, world_size)  # micro-steps per step, slots of one of them on a rank
 max_steps = max(total_steps, checkpoint.get('step', 0)) if read_only else total_steps
 if train_data:
     groups = len(train_data.group_indices) - 1
@@ -367,35 +305,16 @@ def on_device(tensors):
     labels = tensors['labels'].to(torch.int32)
     return dict(tensors, labels=labels.masked_fill(labels == 0, IGNORE))
 
-prefetcher, prefetched = ThreadPoolExecutor(1), {}
-
-def next_batch(step, micro_step):
-    """batch(step, micro_step) on the device, while a thread prepares the next num_workers ones."""
-    now = step * accumulation + micro_step
-    for i in range(now, now + num_workers + 1):
-        if i not in prefetched:
-            prefetched[i] = prefetcher.submit(batch, *divmod(i, accumulation))
-    return on_device(prefetched.pop(now).result())
-
 # ---- model ---------------------------------------------------------------------------------------------------------
-try:
-    raw_model = TRM(TRMConfig(data.vocab_size, data.seq_len, data.num_puzzle_identifiers, forward_dtype=dtype,
-                              **dict({name: config[name] for name in SHAPE + RECURSION}, puzzle_emb_ndim=vector_size))).to(device)
-except (ValueError, RuntimeError, MemoryError) as error:  # the last two: a table of more puzzles than the memory holds
-    fail(f'no model of {data.num_puzzle_identifiers:,} puzzles: {str(error)[:300]}')
+raw_model = new_trm(data, config, vector_size, device)
 weights = [copy_loss_weight, copy_loss_weight, carry_loss_weight, sum_loss_weight]
 if len(set(weights)) > 1:
     raw_model.cell_weights = torch.tensor(weights, device=device).repeat_interleave(data.seq_len // 4)
-judge = copy.deepcopy(raw_model, {id(table): table for table in [getattr(raw_model, 'puzzle_emb', None)] if table}) if ema else raw_model  # what is evaluated
+judge = average_of(raw_model) if ema else raw_model  # what is evaluated
 for name, p in raw_model.named_parameters():
     p.requires_grad_(not freeze_weights or not freeze_heads and not name.startswith('L_level.'))
 DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(raw_model, [name for name, _ in raw_model.named_buffers()])  # equal on all ranks as it is
-
-def empty_slots():
-    empty = torch.zeros(B, data.seq_len, dtype=torch.uint8, device=device)
-    return raw_model.initial_carry(dict(inputs=empty, labels=empty.int(), puzzle_identifiers=torch.zeros(B, dtype=torch.int64, device=device)))
-
-carries = [empty_slots() for _ in range(accumulation)]  # of this rank, one for each micro-step
+carries = [raw_model.empty_carry(B) for _ in range(accumulation)]  # of this rank, one for each micro-step
 
 # ---- optimizer -----------------------------------------------------------------------------------------------------
 parameters = [p for p in raw_model.parameters() if p.requires_grad]
@@ -408,18 +327,12 @@ def state_files(run):
                      train_loader_state=loader_state(run['step']))}
 
 def load_weights(checkpoint):
-    weights, average = checkpoint['model'], checkpoint.get('ema') or {}
-    if 'step' not in checkpoint or read_only:
-        weights, changes = fit_trm(dict(weights, **(average if ema else {})), raw_model.config)
-        average = {}
-        for change in changes:
-            print0(f'{checkpoint_file}: {change}')
-    raw_model.load_state_dict(weights)
-    if ema:
-        judge.load_state_dict(dict(raw_model.state_dict(), **average))
+    for change in load_trm(checkpoint, raw_model, judge, fit='step' not in checkpoint or read_only):
+        print0(f'{checkpoint_file}: {change}')
 
 def load_training(checkpoint):
     """Everything else that state_files stored; ValueError if it does not belong to this data."""
+    global carries
     load_optimizer_state(raw_model, optimizers, checkpoint['optimizer'])  # the present decay and betas stay
     if len(checkpoint['sums']) != len(METRICS):
         raise ValueError(f'it sums up {len(checkpoint["sums"])} measures')
@@ -427,20 +340,13 @@ def load_training(checkpoint):
         checkpoint.update(best_exact=-1.0, best_val_loss=math.inf)  # accuracies of another kind cannot be compared
     if checkpoint['train_loader_state']['data'] != train_data.facts:
         raise ValueError(f'the data in {data_path} changed since: resume with those, or begin a new run in another folder')
-
-def load_carries():
-    global carries
     carries = deal_carries(checkpoint['ranks'], carries, rank, world_size, data)
 
 # ---- checkpoint (=) ------------------------------------------------------------------------------------------------
 # step: completed optimizer steps. progress: plain numbers that a resume continues. snapshot: what a checkpoint of this step
 # needs beside weights and optimizers, taken before the step draws a random number; top_done: its evaluation is in the log.
-step, snapshot, log_descriptor = 0, None, -1
+step, snapshot, log_path, log_descriptor = 0, None, os.path.join(run_dir, log_name), -1
 progress = dict(val_loss=math.inf, best_val_loss=math.inf, best_step=-1, loss_sum=0.0, loss_count=0, seconds=0.0, wandb_id='', **own_progress)
-
-def cannot_write(path, error):
-    free = shutil.disk_usage(run_dir).free if os.path.isdir(run_dir) else 0
-    return f'cannot write {path}: {error} ({free:,} bytes free); earlier checkpoints are intact'
 
 def log(line, prefix='', show=True):
     """Append a line to log.txt and print it (rank 0)."""
@@ -452,30 +358,19 @@ def log(line, prefix='', show=True):
         while data and log_descriptor >= 0:
             data = data[os.write(log_descriptor, data):]
     except OSError as error:
-        stop_signal, trouble = 1000, cannot_write(os.path.join(run_dir, log_name), error)  # all ranks end in poll()
+        stop_signal, trouble = 1000, cannot_write(log_path, error)  # all ranks end in poll()
 
 def take_snapshot(before=None):
     """At the start of a step; again, given the first one, when its evaluation is done: the generators are those of the start."""
     return dict(step=step, top_done=before is not None, log_bytes=os.fstat(log_descriptor).st_size if master else 0, progress=dict(progress),
                 rank=before['rank'] if before else dict(rank_state(), rng=generator_states(device_type)))
 
-def rotate():
-    """Delete what is no longer wanted, once what replaces it is on the disk. Damaged files neither count nor go."""
-    for suffix in ('.tmp', '.gone'):  # of a save that was killed, of a folder's deletion that was
-        for s in [*steps_on_disk(suffix), 'best']:
-            remove(checkpoint_path_of(s) + suffix)
-    steps = [s for s in steps_on_disk() if checkpoint_path_of(s) not in damaged]
-    newest = 1 if keep == 1 and steps and read_checkpoint(checkpoint_path_of(steps[-1]))[0] else max(keep, 2)
-    for s in steps[:-newest] if keep else []:
-        if s not in permanent:
-            remove(checkpoint_path_of(s))
-
 def save(path):
     """Write the checkpoint of the snapshot, then rotate. Every rank calls it; rank 0 writes."""
     own = on_cpu(snapshot['rank'])
     ranks, problem = [own] * world_size, ''
     if ddp:
-        dist.gather_object(own, ranks if master else None, group=cpu_group)
+        dist.gather_object(own, ranks if master else None, group=cpu_group())
     files = state_files(dict(snapshot['progress'], step=snapshot['step'], top_done=snapshot['top_done'], log_bytes=snapshot['log_bytes'],
                              ranks=ranks, config=dict(config), given=config.typed()))
     if master:
@@ -483,7 +378,7 @@ def save(path):
             os.fsync(log_descriptor)
             write_whole(path, files)
             damaged.discard(path)
-            rotate()
+            rotate(checkpoint_path_of, checkpoint_of, keep, permanent, damaged)
             size = sum(os.path.getsize(os.path.join(path, name) if name else path) for name in files)
             print0(f'saved {path} ({size / 1e6:,.1f} MB)')
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
@@ -501,7 +396,7 @@ def poll():
     told = stop_signal
     if ddp:
         flag = torch.tensor(told)
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=cpu_group)
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=cpu_group())
         told = int(flag)
     if told == 1000:
         fail(trouble, 1)
@@ -512,7 +407,7 @@ def poll():
         leave(128 + told)
 
 # ---- resume (=) ----------------------------------------------------------------------------------------------------
-start_step, top_done, in_place, reseeded, problem = 0, False, False, True, ''
+start_step, top_done, reseeded, problem = 0, False, True, ''
 if resumed:
     for name, old, new in config.changes(checkpoint['config'], checkpoint_file):
         if name in shape:
@@ -523,14 +418,9 @@ try:
         load_weights(checkpoint)
     if resumed:
         load_training(checkpoint)
-        for o in optimizers:  # load_state_dict does not look at shapes
-            for p, state in o.state.items():
-                if any(torch.is_tensor(value) and value.dim() and value.shape != p.shape for value in state.values()):
-                    raise ValueError('the state of the optimizer has other shapes than the weights')
         start_step, top_done = checkpoint['step'], bool(checkpoint['top_done'])
         progress = {name: type(value)(checkpoint[name]) for name, value in progress.items()}
         known = checkpoint['ranks'][rank] if rank < len(checkpoint['ranks']) else None
-        load_rank_state(known)
         reseeded = known is None or not set_generator_states(known['rng'], device_type)
 except (ValueError, RuntimeError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as error:  # what a file that does not fit provokes
     fail(f'{checkpoint_file} does not fit: {"no entry " if isinstance(error, KeyError) else ""}{str(error)[:400]}')
@@ -544,39 +434,14 @@ if start_step > max_steps:
 if len(set(everyone(start_step))) > 1:
     fail(f'the ranks found different checkpoints in {run_dir}: it must lie where all nodes see it')
 if master and not read_only:
-    log_path = os.path.join(run_dir, log_name)
     try:
-        os.makedirs(run_dir, exist_ok=True)
-        in_place = resumed and os.path.samefile(os.path.dirname(os.path.normpath(checkpoint_file)) or '.', run_dir)
-        if resumed and not in_place and steps_on_disk():
-            raise ValueError(f'{run_dir} already holds another run: choose an empty folder')
-        if in_place and checkpoint_path:  # what comes after an explicit step belongs to another future
-            later = [checkpoint_path_of(s) for s in steps_on_disk() if s > start_step]
-            best = read_checkpoint(checkpoint_path_of('best'))[0]
-            later += [checkpoint_path_of('best')] if best and best.get('step', 0) > start_step else []
-            set_aside(later)
-            if later:
-                print0(f'set aside as *.old, later than step {start_step}:', ', '.join(later))
-        if not in_place and os.path.exists(log_path) and os.path.getsize(log_path):
-            set_aside([log_path])
-            print0(f'set aside as {log_name}.old, of a run without a checkpoint: {log_path}')
-        log_descriptor = os.open(log_path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        if in_place and os.fstat(log_descriptor).st_size > checkpoint['log_bytes']:
-            os.ftruncate(log_descriptor, checkpoint['log_bytes'])  # what the steps to be repeated wrote
+        log_descriptor = open_log(log_path, checkpoint_path_of, checkpoint_of, checkpoint if resumed else None, checkpoint_file, checkpoint_path != '')
         if save_config:
             config.save(os.path.join(run_dir, 'config.py'))
     except (OSError, ValueError, TypeError) as error:
         problem = f'cannot use {run_dir} as the folder of this run: {error}'
 agree(problem)
-wandb_run = None
-if wandb_log and master and not read_only:
-    try:
-        import wandb
-    except ImportError:
-        fail('--wandb_log needs the package wandb: pip install wandb')
-    wandb_run = wandb.init(project=wandb_project, name=run_name or None, config=dict(config), dir=run_dir,
-                           id=progress['wandb_id'] or None, resume='allow')
-    progress['wandb_id'] = wandb_run.id
+wandb_run = start_wandb(wandb_project, run_name, config, run_dir, progress) if wandb_log and master and not read_only else None
 
 # ---- compile and wrap (=) ------------------------------------------------------------------------------------------
 if compile:
@@ -692,17 +557,6 @@ def answer_aloud(a, b):
                 break
     print0(f'{a} + {b} = {answer}' + (', right' if answer == str(int(a) + int(b)) else f', wrong: {int(a) + int(b)}') + f', after {shown} step(s)')
 
-def write_beside(folder, files):
-    """Write {name: content} there, on rank 0; a disk's problem ends all ranks."""
-    problem = ''
-    for name, content in files.items() if master else ():
-        try:
-            os.makedirs(folder or '.', exist_ok=True)
-            write_whole(os.path.join(folder, name), {'': content})
-        except OSError as error:
-            problem = cannot_write(os.path.join(folder, name), error)
-    agree(problem, 1)
-
 if ask:
     with torch.no_grad():
         for match in sums_asked:
@@ -714,14 +568,13 @@ if read_only:
     say(step, report, whole=True)
     folder = run_dir if run_dir_typed and 'base_checkpoint' in config.typed_here else os.path.dirname(os.path.normpath(checkpoint_file))
     errors = [answer for answer in report.pop('answers') if not answer.pop('right')]
-    write_beside(folder, {'eval.json': dict(report, step=step, checkpoint=checkpoint_file, data_path=data_path, errors=errors)})
+    write_together(os.path.join(folder, 'eval.json'), {'': dict(report, step=step, checkpoint=checkpoint_file, data_path=data_path, errors=errors)})
     print0(f'wrote {os.path.join(folder, "eval.json")} with {len(errors):,} wrong answers')
     leave(0)
 
 # ---- training loop -------------------------------------------------------------------------------------------------
-others = dict({name: config[name] for name in config if name not in LAUNCH}, lr_min_ratio=min_lr_ratio, checkpoint_path=run_dir)
-yaml = all_config(dict(config, puzzle_emb_ndim=vector_size, forward_dtype=dtype), others)
-write_beside(run_dir, {'all_config.yaml': yaml} if save_config else {})
+if save_config:
+    write_together(os.path.join(run_dir, 'all_config.yaml'), {'': all_config(config, vector_size, run_dir)})
 log('settings given: ' + ' '.join(f'{name}={value!r}' for name, value in config.typed().items()), prefix='# ', show=False)
 table_size = raw_model.puzzle_emb.weights.numel() if vector_size else 0
 for line in (
@@ -740,6 +593,7 @@ for line in (
     log(line, prefix='# ')
 checkpoint = None  # its tensors have been copied
 flops_per_step = raw_model.flops_per_slot() * global_batch_size
+batches = ahead(batch, ((step, micro_step) for step in range(start_step, max_steps) for micro_step in range(accumulation)), num_workers)
 seconds, timed_steps = 0.0, 0
 for step in range(start_step, max_steps + 1):
     # -- top: what looks at the model after `step` updates; nothing here changes the training
@@ -774,7 +628,7 @@ for step in range(start_step, max_steps + 1):
     loss_sum, sums, after, used = torch.zeros((), device=device), 0, [], []
     for micro_step in range(accumulation):
         poll()
-        rows = next_batch(step, micro_step)
+        rows = on_device(next(batches))
         least = rows.pop('least')
         net.require_backward_grad_sync = micro_step == accumulation - 1  # before the forward: DDP reads it there
         carry = raw_model.refill(carries[micro_step], rows)
@@ -787,18 +641,17 @@ for step in range(start_step, max_steps + 1):
         if vector_size:
             used.append((carry['puzzle_identifiers'], vectors.grad / world_size))
         if log_level == 'DEBUG':
-            print0(f'step {step + 1} micro-step {micro_step + 1}/{accumulation} | loss {loss.item() * slices:.6f} '
+            print0(f'step {step + 1} micro-step {micro_step + 1}/{accumulation} | loss {loss.item() * accumulation * world_size:.6f} '
                    f'| {1000 * (time.perf_counter() - started):.0f}ms')
     gradients = [p.grad for p in parameters]
     if vector_size:  # the vectors' gradients, of the slots of all ranks
-        used = [torch.cat(tensors) for tensors in zip(*used, strict=True)]
-        used = of_all_ranks(used) if ddp else used
+        used = of_all_ranks([torch.cat(tensors) for tensors in zip(*used, strict=True)])
         gradients.append(used[1])
     reporting = (step + 1) % log_interval == 0 or step == 0 or step + 1 == max_steps
     norms = ''
     if log_gradients and reporting:  # before clipping
-        learning = {name: p.grad for name, p in raw_model.named_parameters() if p.requires_grad}
-        norms = norms_by_part(learning | ({'puzzle_emb': gradients[-1]} if vector_size else {}))
+        named = {name: p.grad for name, p in raw_model.named_parameters() if p.requires_grad}
+        norms = norms_by_part(dict(named, puzzle_emb=gradients[-1]) if vector_size else named)
     norm = total_norm(gradients)
     torch.nn.utils.clip_grads_with_norm_(parameters, clip if clip > 0 else math.inf, norm)
     found = torch.cat((torch.stack((loss_sum, norm / world_size)), sums.to(loss_sum)))  # one host read; NaN or infinity on any rank survives the sum

@@ -15,17 +15,21 @@ import subprocess
 import unicodedata
 import zipfile
 import zlib
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from decimal import Decimal, localcontext
 from fractions import Fraction
+from functools import lru_cache
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
 
-from configurator import fail, nearby, print0
+from configurator import fail, master, nearby, print0
 
 # The published shapes, and one for a laptop. `--model=<name>` picks one; each number can still be given by itself.
 GPT_SIZES = {
@@ -618,7 +622,7 @@ def optimizer_state(model, optimizers):
 def load_optimizer_state(model, optimizers, stored):
     """Load what optimizer_state returned; of its groups the lr alone, which a save before the next update shall repeat. ValueError
     if it was another kind of optimizer."""
-    names = {p: name for name, p in model.named_parameters()}
+    names, shapes = {p: name for name, p in model.named_parameters()}, {name: p.shape for name, p in model.named_parameters()}
     if unknown := stored['state'].keys() - names.values():
         raise ValueError(f'its optimizer knows {sorted(map(str, unknown))[:3]}, this model does not')
     for o in optimizers:
@@ -629,6 +633,9 @@ def load_optimizer_state(model, optimizers, stored):
         expected = {'momentum_buffer'} if isinstance(o, torch.optim.Muon) else {'step', 'exp_avg', 'exp_avg_sq'}
         if any(now.keys() != expected for now in state.values()):
             raise ValueError(f'the state of its optimizer is not that of {type(o).__name__}')
+        for name, now in zip(order, state.values(), strict=True):  # load_state_dict does not look at shapes
+            if any(torch.is_tensor(value) and value.dim() and value.shape != shapes[name] for value in now.values()):
+                raise ValueError('the state of its optimizer has other shapes than the weights')
         o.load_state_dict(dict(o.state_dict(), state=state))
     for group, there in zip([group for o in optimizers for group in o.param_groups], stored['param_groups'], strict=False):
         group['lr'] = float(there['lr'])
@@ -970,6 +977,80 @@ def set_aside(paths):
         os.replace(path, path + '.old')
 
 
+def steps_on_disk(path_of, suffix=''):
+    """Steps of the checkpoints in a run's folder, ascending. Only names that path_of(step) of the script itself writes are ours."""
+    folder = os.path.dirname(path_of(0))
+    names = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+    steps = {int(digits) for name in names for digits in re.findall('[0-9]{1,18}', name)}
+    return sorted(s for s in steps if os.path.basename(path_of(s)) + suffix in names)
+
+
+def first_readable(paths, read, path_of, strict=False, weights_too=False):
+    """(checkpoint, its path, set of the paths before it that are damaged) of the first of the paths that reads whole; (None, '', ...) if none does. A
+    damaged one is named in a warning and left as it is; strict: it ends the script. weights_too: files of weights alone count."""
+    damaged = set()
+    for path in paths:
+        checkpoint, problem = whole_checkpoint(path, read, os.path.basename(path_of(0)))
+        if checkpoint and ('step' in checkpoint or weights_too):
+            return checkpoint, path, damaged
+        problem = problem or 'holds weights only'
+        if strict:
+            fail(f'{path} {problem}')
+        damaged.add(path)
+        print0(f'WARNING: {path} {problem}; it is left as it is')
+    return None, '', damaged
+
+
+def rotate(path_of, read, keep, permanent, damaged):
+    """Delete the checkpoints that are no longer wanted, once what replaces them is on the disk: of those without a name in `permanent` the `keep` newest
+    stay (0 = all), never fewer than two good ones. Damaged files neither count nor go."""
+    for suffix in ('.tmp', '.gone'):  # of a save that was killed, of a folder's deletion that was
+        for s in [*steps_on_disk(path_of, suffix), 'best']:
+            remove(path_of(s) + suffix)
+    steps = [s for s in steps_on_disk(path_of) if path_of(s) not in damaged]
+    stay = 1 if keep == 1 and steps and whole_checkpoint(path_of(steps[-1]), read, '')[0] else max(keep, 2)
+    for s in steps[:-stay] if keep else []:
+        if s not in permanent:
+            remove(path_of(s))
+
+
+def open_log(path, path_of, read, checkpoint, checkpoint_file, explicit):
+    """Make or enter the folder of a run; returns a descriptor that appends to its log. ValueError if the folder holds another run.
+
+    checkpoint: what is resumed, None for a new run. If it lies in this folder, its log is cut back to where that step began (what follows will be written
+    again), and, if it was named explicitly, later checkpoints, which belong to another future, get the name .old."""
+    folder, start_step = os.path.dirname(path), checkpoint['step'] if checkpoint else 0
+    os.makedirs(folder, exist_ok=True)
+    in_place = checkpoint is not None and os.path.samefile(os.path.dirname(os.path.normpath(checkpoint_file)) or '.', folder)
+    if checkpoint and not in_place and steps_on_disk(path_of):
+        raise ValueError(f'{folder} already holds another run: choose an empty folder')
+    if in_place and explicit:
+        later = [path_of(s) for s in steps_on_disk(path_of) if s > start_step]
+        best = whole_checkpoint(path_of('best'), read, '')[0]
+        later += [path_of('best')] if best and best.get('step', 0) > start_step else []
+        set_aside(later)
+        if later:
+            print0(f'set aside as *.old, later than step {start_step}:', ', '.join(later))
+    if not in_place and os.path.exists(path) and os.path.getsize(path):
+        set_aside([path])
+        print0(f'set aside as {os.path.basename(path)}.old, of a run without a checkpoint: {path}')
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    if in_place and os.fstat(descriptor).st_size > checkpoint['log_bytes']:
+        os.ftruncate(descriptor, checkpoint['log_bytes'])
+    return descriptor
+
+
+def start_wandb(project, name, config, folder, progress):
+    """The run of Weights & Biases; progress['wandb_id'] is its id, the same after a resume."""
+    try:
+        import wandb
+    except ImportError:
+        fail('--wandb_log needs the package wandb: pip install wandb')
+    run = wandb.init(project=project, name=name or None, config=dict(config), dir=folder, id=progress['wandb_id'] or None, resume='allow')
+    progress['wandb_id'] = run.id
+    return run
+
+
 def newest(paths):
     """The one of the paths that was changed last, '' if there is none: a running training may delete some meanwhile."""
     changed = {}
@@ -979,6 +1060,38 @@ def newest(paths):
         except FileNotFoundError:
             pass
     return max(changed, key=changed.get, default='')
+
+
+def ahead(batch, turns, count):
+    """Yields batch(step, micro_step) for each of these turns, while a thread prepares the next `count` ones."""
+    prepared, thread = deque(), ThreadPoolExecutor(1)
+    for turn in turns:
+        prepared.append(thread.submit(batch, *turn))
+        if len(prepared) > count:
+            yield prepared.popleft().result()
+    while prepared:
+        yield prepared.popleft().result()
+
+
+@lru_cache(maxsize=1)
+def cpu_group():
+    """The group for what the ranks tell each other beside gradients; every rank calls it for the first time at the same point."""
+    return dist.new_group(backend='gloo')
+
+
+def everyone(value):
+    """[value of rank 0, value of rank 1, ...], on every rank."""
+    values = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if dist.is_initialized():
+        dist.all_gather_object(values, value, group=cpu_group())
+    return values
+
+
+def agree(problem, code=2):
+    """End all ranks if any has a problem (a sentence; '' = none): none may be left waiting for one that is gone."""
+    first = next(filter(None, everyone(problem)), '')
+    if first:
+        fail(first, code)
 
 
 def on_cpu(value):
@@ -1055,6 +1168,24 @@ def write_whole(path, files):
     sync(os.path.dirname(path) or '.')
     if is_folder:
         remove(path + '.was')
+
+
+def cannot_write(path, error):
+    folder = os.path.dirname(path) or '.'
+    free = shutil.disk_usage(folder).free if os.path.isdir(folder) else 0
+    return f'cannot write {path}: {error} ({free:,} bytes free); earlier checkpoints are intact'
+
+
+def write_together(path, files):
+    """write_whole on rank 0, its folder is made; every rank calls it, and a disk's problem ends them all."""
+    problem = ''
+    if master:
+        try:
+            os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+            write_whole(path, files)
+        except OSError as error:
+            problem = cannot_write(path, error)
+    agree(problem, 1)
 
 
 # Qwen3 (Qwen Team 2025, arXiv 2505.09388). Module names are those of the published weights. Rows of different length are padded on the

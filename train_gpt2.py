@@ -16,27 +16,25 @@ Interrupted, by whatever and at whatever moment:
 """
 import math
 import os
-import re
-import shutil
 import signal
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import lru_cache
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import configure, fail, master, nearby, print0
 from model import GPT, GPT_SIZES, PEAK_FLOPS, TOKENIZERS, GPTConfig, hellaswag_scores, load_tokenizer, open_hellaswag, open_shards, printable, shard_rows
 from model import adopt_shape, export_files, find_gpt, fit_weights, load_whole_weights, read_gpt, whole_weights
-from model import git_commit, load_optimizer_state, make_optimizers, norms_by_part, optimizer_state, sum_gradients, tensor_parallel, total_norm
-from model import find_device, generator_states, on_cpu, remove, seed_generators, set_aside, set_generator_states, whole_checkpoint, write_whole
+from model import agree, ahead, cannot_write, cpu_group, everyone, find_device, first_readable, generator_states, git_commit, on_cpu, open_log, rotate
+from model import load_optimizer_state, make_optimizers, norms_by_part, optimizer_state, sum_gradients, tensor_parallel, total_norm
+from model import seed_generators, set_generator_states, start_wandb, steps_on_disk, write_together, write_whole
 
 # ---- settings ------------------------------------------------------------------------------------------------------
 # i/o
@@ -124,7 +122,7 @@ def checkpoint_path_of(step):
     return os.path.join(run_dir, 'model_best.pt' if step == 'best' else f'model_{step:05d}.pt')
 
 def newest_first():
-    return [checkpoint_path_of(step) for step in reversed(steps_on_disk())]
+    return [checkpoint_path_of(step) for step in reversed(steps_on_disk(checkpoint_path_of))]
 
 def checkpoint_of(path):  # one dict, whatever the files; ValueError if it is damaged
     return read_gpt(path, whole=True)
@@ -146,31 +144,12 @@ if export and (os.path.isfile(export) or os.path.isdir(export) and os.listdir(ex
 
 # ---- stored run (=) ------------------------------------------------------------------------------------------------
 # Which checkpoint this launch reads, if any. What was typed when that run began counts as typed again, unless anew.
-def steps_on_disk(suffix=''):
-    """Steps of the checkpoints in run_dir, ascending. Only names that checkpoint_path_of itself writes are ours."""
-    names = set(os.listdir(run_dir)) if os.path.isdir(run_dir) else set()
-    steps = {int(digits) for name in names for digits in re.findall('[0-9]{1,18}', name)}
-    return sorted(s for s in steps if os.path.basename(checkpoint_path_of(s)) + suffix in names)
-
-def read_checkpoint(path):
-    """(checkpoint, '') or (None, what is wrong). A file of weights alone comes back as {'model': weights}."""
-    return whole_checkpoint(path, checkpoint_of, os.path.basename(checkpoint_path_of(0)))
-
-checkpoint, checkpoint_file, damaged = None, '', set()
 reading = resume or auto_resume or read_only
 if checkpoint_path and not reading:
     fail(f'--checkpoint_path={checkpoint_path} does nothing by itself: add --resume to continue from it')
-for path in [checkpoint_path] if checkpoint_path else newest_first() if reading else []:
-    checkpoint, problem = read_checkpoint(path)
-    if checkpoint and 'step' not in checkpoint and not checkpoint_path and not read_only:
-        checkpoint, problem = None, 'holds weights only'
-    if checkpoint:
-        checkpoint_file = path
-        break
-    if checkpoint_path and not lenient:
-        fail(f'{path} {problem}')
-    damaged.add(path)
-    print0(f'WARNING: {path} {problem}; it is left as it is')
+found = [checkpoint_path] if checkpoint_path else newest_first() if reading else []
+checkpoint, checkpoint_file, damaged = first_readable(found, checkpoint_of, checkpoint_path_of, strict=checkpoint_path != '' and not lenient,
+                                                      weights_too=checkpoint_path != '' or read_only)
 resumed = checkpoint is not None and 'step' in checkpoint and not read_only
 if read_only and checkpoint:
     print0(f'checkpoint {checkpoint_file}')
@@ -178,9 +157,8 @@ elif read_only:
     fail(f'no readable checkpoint in {run_dir}: name one with --checkpoint_path{nearby(checkpoint_path_of(0))}')
 if resumed and checkpoint_path and not run_dir_typed:
     run_dir = os.path.dirname(os.path.normpath(checkpoint_path)) or '.'
-elif not (resumed or read_only or (auto_resume or resume) and not checkpoint_path) and steps_on_disk():
-    fail(f'{run_dir} already holds a run ({os.path.basename(checkpoint_path_of(steps_on_disk()[-1]))}): add --auto_resume to continue it, '
-         'or choose another folder for a new one')
+elif not (resumed or read_only or reading and not checkpoint_path) and steps_on_disk(checkpoint_path_of):
+    fail(f'{run_dir} already holds a run ({os.path.basename(newest_first()[0])}): add --auto_resume to continue it, or choose another folder for a new one')
 if checkpoint and 'step' in checkpoint:
     config.restore(checkpoint['given'], checkpoint_file)
 elif checkpoint:
@@ -214,7 +192,7 @@ peak_lr, floor_lr, warmup, clip = max_lr, min_lr if min_lr >= 0 else max_lr / 10
 schedule, cycles = lr_scheduler if decay_lr else 'constant', lr_restarts + 1
 shape = ('block_size', 'n_layer', 'n_head', 'n_embd', 'activation')  # settings that a resumed model cannot change
 data_parallel = not model_parallel  # False: the script sums the gradients itself, without DistributedDataParallel
-rank_state, load_rank_state = lambda: {}, lambda stored: None  # what each rank alone knows beside its generators: nothing here
+rank_state = dict      # returns what each rank alone knows beside its generators: nothing here
 own_progress = {}     # plain values that this script alone remembers from step to step: nothing here
 if max(dropout, beta1, beta2) >= 1:
     fail('dropout, beta1 and beta2 must be less than 1')
@@ -234,22 +212,8 @@ device_type = device.split(':')[0]
 if ddp:
     store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), next(rendezvous('env://'))[0])  # dead workers' keys stay behind
     dist.init_process_group('nccl' if device_type == 'cuda' else 'gloo', store=store, rank=rank, world_size=world_size)
-    cpu_group = dist.new_group(backend='gloo')  # for what the ranks tell each other beside gradients
 device_name = torch.cuda.get_device_name(device) if device_type == 'cuda' else device_type
 peak_flops = next((flops for name, flops in PEAK_FLOPS.items() if name in device_name), 0)  # 0 = unknown: no mfu
-
-def everyone(value):
-    """[value of rank 0, value of rank 1, ...], on every rank."""
-    values = [value] * world_size
-    if ddp:
-        dist.all_gather_object(values, value, group=cpu_group)
-    return values
-
-def agree(problem, code=2):
-    """End all ranks if any has a problem (a sentence; '' = none): none may be left waiting for one that is gone."""
-    first = next(filter(None, everyone(problem)), '')
-    if first:
-        fail(first, code)
 
 # ---- precision and seed (=) ----------------------------------------------------------------------------------------
 autocast = nullcontext() if dtype == 'float32' else torch.autocast(device_type, getattr(torch, dtype))
@@ -326,16 +290,6 @@ def batch(step, micro_step):
     x, y = tokens[:, :-1].reshape(-1, length), tokens[:, 1:].reshape(-1, length)
     return (x.pin_memory(), y.pin_memory()) if device_type == 'cuda' else (x, y)
 
-prefetcher, prefetched = ThreadPoolExecutor(1), {}
-
-def next_batch(step, micro_step):
-    """batch(step, micro_step) on the device, while a thread prepares the next num_workers ones."""
-    now = step * accumulation + micro_step
-    for i in range(now, now + num_workers + 1):
-        if i not in prefetched:
-            prefetched[i] = prefetcher.submit(batch, *divmod(i, accumulation))
-    return [tensor.to(device, non_blocking=True) for tensor in prefetched.pop(now).result()]
-
 try:
     encoding = load_tokenizer(tokenizer['tokenizer'])
 except OSError as error:
@@ -393,12 +347,8 @@ def load_training(checkpoint):
 # ---- checkpoint (=) ------------------------------------------------------------------------------------------------
 # step: completed optimizer steps. progress: plain numbers that a resume continues. snapshot: what a checkpoint of this step
 # needs beside weights and optimizers, taken before the step draws a random number; top_done: its evaluation is in the log.
-step, snapshot, log_descriptor = 0, None, -1
+step, snapshot, log_path, log_descriptor = 0, None, os.path.join(run_dir, log_name), -1
 progress = dict(val_loss=math.inf, best_val_loss=math.inf, best_step=-1, loss_sum=0.0, loss_count=0, seconds=0.0, wandb_id='', **own_progress)
-
-def cannot_write(path, error):
-    free = shutil.disk_usage(run_dir).free if os.path.isdir(run_dir) else 0
-    return f'cannot write {path}: {error} ({free:,} bytes free); earlier checkpoints are intact'
 
 def log(line, prefix='', show=True):
     """Append a line to log.txt and print it (rank 0)."""
@@ -410,30 +360,19 @@ def log(line, prefix='', show=True):
         while data and log_descriptor >= 0:
             data = data[os.write(log_descriptor, data):]
     except OSError as error:
-        stop_signal, trouble = 1000, cannot_write(os.path.join(run_dir, log_name), error)  # all ranks end in poll()
+        stop_signal, trouble = 1000, cannot_write(log_path, error)  # all ranks end in poll()
 
 def take_snapshot(before=None):
     """At the start of a step; again, given the first one, when its evaluation is done: the generators are those of the start."""
     return dict(step=step, top_done=before is not None, log_bytes=os.fstat(log_descriptor).st_size if master else 0, progress=dict(progress),
                 rank=before['rank'] if before else dict(rank_state(), rng=generator_states(device_type)))
 
-def rotate():
-    """Delete what is no longer wanted, once what replaces it is on the disk. Damaged files neither count nor go."""
-    for suffix in ('.tmp', '.gone'):  # of a save that was killed, of a folder's deletion that was
-        for s in [*steps_on_disk(suffix), 'best']:
-            remove(checkpoint_path_of(s) + suffix)
-    steps = [s for s in steps_on_disk() if checkpoint_path_of(s) not in damaged]
-    newest = 1 if keep == 1 and steps and read_checkpoint(checkpoint_path_of(steps[-1]))[0] else max(keep, 2)
-    for s in steps[:-newest] if keep else []:
-        if s not in permanent:
-            remove(checkpoint_path_of(s))
-
 def save(path):
     """Write the checkpoint of the snapshot, then rotate. Every rank calls it; rank 0 writes."""
     own = on_cpu(snapshot['rank'])
     ranks, problem = [own] * world_size, ''
     if ddp:
-        dist.gather_object(own, ranks if master else None, group=cpu_group)
+        dist.gather_object(own, ranks if master else None, group=cpu_group())
     files = state_files(dict(snapshot['progress'], step=snapshot['step'], top_done=snapshot['top_done'], log_bytes=snapshot['log_bytes'],
                              ranks=ranks, config=dict(config), given=config.typed()))
     if master:
@@ -441,7 +380,7 @@ def save(path):
             os.fsync(log_descriptor)
             write_whole(path, files)
             damaged.discard(path)
-            rotate()
+            rotate(checkpoint_path_of, checkpoint_of, keep, permanent, damaged)
             size = sum(os.path.getsize(os.path.join(path, name) if name else path) for name in files)
             print0(f'saved {path} ({size / 1e6:,.1f} MB)')
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
@@ -459,7 +398,7 @@ def poll():
     told = stop_signal
     if ddp:
         flag = torch.tensor(told)
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=cpu_group)
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=cpu_group())
         told = int(flag)
     if told == 1000:
         fail(trouble, 1)
@@ -470,7 +409,7 @@ def poll():
         leave(128 + told)
 
 # ---- resume (=) ----------------------------------------------------------------------------------------------------
-start_step, top_done, in_place, reseeded, problem = 0, False, False, True, ''
+start_step, top_done, reseeded, problem = 0, False, True, ''
 if resumed:
     for name, old, new in config.changes(checkpoint['config'], checkpoint_file):
         if name in shape:
@@ -481,14 +420,9 @@ try:
         load_weights(checkpoint)
     if resumed:
         load_training(checkpoint)
-        for o in optimizers:  # load_state_dict does not look at shapes
-            for p, state in o.state.items():
-                if any(torch.is_tensor(value) and value.dim() and value.shape != p.shape for value in state.values()):
-                    raise ValueError('the state of the optimizer has other shapes than the weights')
         start_step, top_done = checkpoint['step'], bool(checkpoint['top_done'])
         progress = {name: type(value)(checkpoint[name]) for name, value in progress.items()}
         known = checkpoint['ranks'][rank] if rank < len(checkpoint['ranks']) else None
-        load_rank_state(known)
         reseeded = known is None or not set_generator_states(known['rng'], device_type)
 except (ValueError, RuntimeError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as error:  # what a file that does not fit provokes
     fail(f'{checkpoint_file} does not fit: {"no entry " if isinstance(error, KeyError) else ""}{str(error)[:400]}')
@@ -502,39 +436,14 @@ if start_step > max_steps:
 if len(set(everyone(start_step))) > 1:
     fail(f'the ranks found different checkpoints in {run_dir}: it must lie where all nodes see it')
 if master and not read_only:
-    log_path = os.path.join(run_dir, log_name)
     try:
-        os.makedirs(run_dir, exist_ok=True)
-        in_place = resumed and os.path.samefile(os.path.dirname(os.path.normpath(checkpoint_file)) or '.', run_dir)
-        if resumed and not in_place and steps_on_disk():
-            raise ValueError(f'{run_dir} already holds another run: choose an empty folder')
-        if in_place and checkpoint_path:  # what comes after an explicit step belongs to another future
-            later = [checkpoint_path_of(s) for s in steps_on_disk() if s > start_step]
-            best = read_checkpoint(checkpoint_path_of('best'))[0]
-            later += [checkpoint_path_of('best')] if best and best.get('step', 0) > start_step else []
-            set_aside(later)
-            if later:
-                print0(f'set aside as *.old, later than step {start_step}:', ', '.join(later))
-        if not in_place and os.path.exists(log_path) and os.path.getsize(log_path):
-            set_aside([log_path])
-            print0(f'set aside as {log_name}.old, of a run without a checkpoint: {log_path}')
-        log_descriptor = os.open(log_path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        if in_place and os.fstat(log_descriptor).st_size > checkpoint['log_bytes']:
-            os.ftruncate(log_descriptor, checkpoint['log_bytes'])  # what the steps to be repeated wrote
+        log_descriptor = open_log(log_path, checkpoint_path_of, checkpoint_of, checkpoint if resumed else None, checkpoint_file, checkpoint_path != '')
         if save_config:
             config.save(os.path.join(run_dir, 'config.py'))
     except (OSError, ValueError, TypeError) as error:
         problem = f'cannot use {run_dir} as the folder of this run: {error}'
 agree(problem)
-wandb_run = None
-if wandb_log and master and not read_only:
-    try:
-        import wandb
-    except ImportError:
-        fail('--wandb_log needs the package wandb: pip install wandb')
-    wandb_run = wandb.init(project=wandb_project, name=run_name or None, config=dict(config), dir=run_dir,
-                           id=progress['wandb_id'] or None, resume='allow')
-    progress['wandb_id'] = wandb_run.id
+wandb_run = start_wandb(wandb_project, run_name, config, run_dir, progress) if wandb_log and master and not read_only else None
 
 # ---- compile and wrap (=) ------------------------------------------------------------------------------------------
 if compile:
@@ -614,12 +523,7 @@ if read_only:
         folder = run_dir if 'init_from' in config.typed_here else os.path.dirname(os.path.normpath(checkpoint_file))
         path, files = os.path.join(folder, 'eval.json'), {'': report}
     if path:
-        try:
-            if master:
-                os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-                write_whole(path, files)
-        except OSError as error:
-            fail(cannot_write(path, error), 1)
+        write_together(path, files)
         print0(f'wrote {path}')
     leave(0)
 
@@ -635,6 +539,7 @@ for line in (
 ):
     log(line, prefix='# ')
 flops_per_step = raw_model.flops_per_token(T) * total_batch_size
+batches = ahead(batch, ((step, micro_step) for step in range(start_step, max_steps) for micro_step in range(accumulation)), num_workers)
 seconds, timed_steps = 0.0, 0
 raw_model.train()
 for step in range(start_step, max_steps + 1):
@@ -675,7 +580,7 @@ for step in range(start_step, max_steps + 1):
     loss_sum = torch.zeros((), device=device)
     for micro_step in range(accumulation):
         poll()
-        x, y = next_batch(step, micro_step)
+        x, y = (t.to(device, non_blocking=True) for t in next(batches))
         net.require_backward_grad_sync = micro_step == accumulation - 1  # before the forward: DDP reads it there
         with autocast:
             loss = net(x, y, 'sum') / total_batch_size  # over the global count: every token weighs the same

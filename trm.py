@@ -8,10 +8,13 @@ after halt_max_steps; then it takes the next puzzle.
 
 Parameter names are those of the public code below `model.inner.`, so that its checkpoints load.
 """
+import copy
+import glob
 import json
 import math
 import os
 import re
+import time
 import zlib
 from dataclasses import dataclass, fields
 from types import SimpleNamespace
@@ -22,7 +25,8 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import read_whole
+from configurator import LAUNCH, fail, nearby
+from model import newest, read_whole
 
 IGNORE = -100  # label of a cell that does not count
 
@@ -228,6 +232,11 @@ class TRM(nn.Module):
             angles = torch.outer(torch.arange(length).float(), config.rope_theta ** -(torch.arange(half) / half)).repeat(1, 2).unsqueeze(1)
             self.register_buffer('cos', angles.cos(), persistent=False)
             self.register_buffer('sin', angles.sin(), persistent=False)
+
+    def empty_carry(self, B):
+        """initial_carry of a batch of B."""
+        empty = torch.zeros(B, self.config.seq_len, dtype=torch.uint8, device=self.H_init.device)
+        return self.initial_carry(dict(inputs=empty, labels=empty.int(), puzzle_identifiers=torch.zeros(B, dtype=torch.int64, device=empty.device)))
 
     def initial_carry(self, batch):
         """A carry of slots that all take a new puzzle at their first step; batch: any batch of that size."""
@@ -494,24 +503,58 @@ def deal_carries(ranks, carries, rank, world_size, data):
 
 
 def of_all_ranks(tensors):
-    """These tensors joined with those of the other ranks, which have the same shapes; under torch.distributed."""
+    """These tensors joined with those of the other ranks, which have the same shapes."""
+    if not dist.is_initialized():
+        return tensors
     gathered = [[torch.empty_like(tensor) for _ in range(dist.get_world_size())] for tensor in tensors]
     for tensor, parts in zip(tensors, gathered, strict=True):
         dist.all_gather(parts, tensor)
     return [torch.cat(parts) for parts in gathered]
 
 
-def all_config(config, others):
+def run_folder(config, project_dir, look):
+    """log_dir, else {project_dir}/{run_name}. A run that nobody named is the newest where one is to be read (look), else a new one."""
+    if any(re.search(r'^\.*$|[/\0]', name) for name in (config['run_name'] or 'x', config['project_name'] or 'x')):
+        fail(f'--run_name={config["run_name"]} and --project_name={config["project_name"]} are names of folders, without /')
+    if config['log_dir'] and ('log_dir' in config.typed_here or not {'run_name', 'project_name'} & config.typed_here):
+        return config['log_dir']
+    steps = [path for path in glob.glob(os.path.join(glob.escape(project_dir), '*', 'step_*')) if re.fullmatch(r'step_\d+', os.path.basename(path))]
+    last = newest(steps) if look and not config['run_name'] else ''
+    return os.path.dirname(last) or os.path.join(project_dir, config['run_name'] or time.strftime('%Y%m%d_%H%M%S'))
+
+
+def slots_of(global_batch_size, grad_accumulation_steps, world_size):
+    """(micro-steps of a step, slots of one on one rank)."""
+    micro_steps = -(-max(1, grad_accumulation_steps) // world_size)
+    slices = micro_steps * world_size
+    if global_batch_size % slices:
+        fail(f'global_batch_size {global_batch_size} is no multiple of {micro_steps} micro-step(s) x {world_size} rank(s); '
+             f'the nearest that is: {max(1, round(global_batch_size / slices)) * slices}')
+    return micro_steps, global_batch_size // slices
+
+
+def all_config(config, vector_size, run_dir):
     """all_config.yaml, as the public code writes it: the model's settings below `arch:`, then the others; bytes."""
+    arch = dict(config, puzzle_emb_ndim=vector_size, forward_dtype=config['dtype'])
+    others = dict({name: value for name, value in config.items() if name not in (*LAUNCH, *SHAPE, *RECURSION)}, lr_min_ratio=config['min_lr_ratio'],
+                  checkpoint_path=run_dir)
     lines = ['arch:', '  name: recursive_reasoning.trm@TinyRecursiveReasoningModel_ACTV1',
-             *(f'  {name}: {json.dumps(config[name])}' for name in (*SHAPE, *RECURSION, 'forward_dtype')),
-             *(f'{name}: {json.dumps(value)}' for name, value in sorted(others.items()) if name not in SHAPE + RECURSION)]
+             *(f'  {name}: {json.dumps(arch[name])}' for name in (*SHAPE, *RECURSION, 'forward_dtype')),
+             *(f'{name}: {json.dumps(value)}' for name, value in sorted(others.items()))]
     return ''.join(re.sub(r'(: -?\d)(e-\d+)$', r'\1.0\2', line) + '\n' for line in lines).encode()  # JSON values are YAML ones, but for 1e-05
 
 
 # ---- checkpoints of others
 SHAPE = ('hidden_size', 'num_heads', 'expansion', 'multiple_of', 'L_layers', 'mlp_t', 'pos_encodings', 'puzzle_emb_ndim', 'puzzle_emb_len')
 RECURSION = ('H_cycles', 'L_cycles', 'halt_max_steps', 'halt_exploration_prob')  # a loaded model may be run with others
+
+
+def trm_checkpoint(path, others):
+    """A checkpoint as the script stored it; one that is not its own is weights alone, as read_trm gives them. others: a setting that only the other script
+    has."""
+    found = read_whole(path)
+    own = isinstance(found, dict) and 'step' in found and not (isinstance(found.get('config'), dict) and others in found['config'])
+    return found if own else read_trm(path)
 
 
 def read_trm(path):
@@ -573,6 +616,51 @@ def adopt_trm(config, shape, where):
     if needed:
         raise ValueError(f'{where} does not tell its {needed[0]}, and no all_config.yaml beside it does: add --{needed[0]}')
     config.restore(shape, where)
+
+
+def begin_with(setting, config, checkpoint, file):
+    """(checkpoint, its file): without one, the weights that this setting of the Config names; the shape of weights alone becomes that of the settings."""
+    source = config[setting]
+    try:
+        if source and not checkpoint:
+            checkpoint, file = read_trm(source), source
+    except FileNotFoundError:
+        fail(f'--{setting}={source} does not exist{nearby(source)}')
+    except (ValueError, OSError) as error:
+        fail(f'--{setting}={source}: {error}')
+    try:
+        if checkpoint and 'step' not in checkpoint:
+            adopt_trm(config, checkpoint['config'], file)
+    except ValueError as error:
+        fail(error)
+    return checkpoint, file
+
+
+def new_trm(data, config, vector_size, device):
+    """A TRM for these data, of the shape that the settings give."""
+    shape = dict({name: config[name] for name in SHAPE + RECURSION}, puzzle_emb_ndim=vector_size)
+    try:
+        return TRM(TRMConfig(data.vocab_size, data.seq_len, data.num_puzzle_identifiers, forward_dtype=config['dtype'], **shape)).to(device)
+    except (ValueError, RuntimeError, MemoryError) as error:  # the last two: a table of more puzzles than the memory holds
+        fail(f'no model of {data.num_puzzle_identifiers:,} puzzles: {str(error)[:300]}')
+
+
+def average_of(model):
+    """A copy for the moving average of its weights; they share the table of puzzles, which has no average."""
+    return copy.deepcopy(model, {id(table): table for table in [getattr(model, 'puzzle_emb', None)] if table})
+
+
+def load_trm(checkpoint, model, judge, fit):
+    """Load a checkpoint's weights into the model, and their average into `judge`, if that is another. fit: weights of another shape are fitted, both
+    models get the average. Returns what was changed, a list of sentences."""
+    weights, average, changes = checkpoint['model'], checkpoint.get('ema') or {}, []
+    if fit:
+        weights, changes = fit_trm(dict(weights, **(average if judge is not model else {})), model.config)
+        average = {}
+    model.load_state_dict(weights)
+    if judge is not model:
+        judge.load_state_dict(dict(model.state_dict(), **average))
+    return changes
 
 
 def fit_trm(weights, config):
@@ -739,6 +827,17 @@ def arc_vote(votes, identifier, inputs, cells, q_halt):
     vote = votes.setdefault((name, grid_key(question)), {}).setdefault(grid_key(arc_undone(identifier, arc_grid(cells))[1]), [0, 0.0])
     vote[0] += 1
     vote[1] += 1 / (1 + math.exp(-max(-700.0, q_halt)))
+
+
+def all_votes(parts):
+    """The votes of several ranks as one."""
+    votes = {}
+    for part in parts:
+        for question, answers in part.items():
+            for answer, (n, q) in answers.items():
+                vote = votes.setdefault(question, {}).setdefault(answer, [0, 0.0])
+                vote[0], vote[1] = vote[0] + n, vote[1] + q
+    return votes
 
 
 def arc_result(votes, tasks):
