@@ -100,10 +100,14 @@ class Config(dict):
                 self.assign(name, _checked(value, *self.settings[name], f'{where}: {name}'))
                 self.given.add(name)
 
-    def changes(self, stored, where):
-        """[(name, old, new)] of the settings that differ from a stored run's ({name: value}); its folder may have moved."""
-        old = {name: _checked(stored[name], self.settings[name][0], '', f'{where}: {name}') for name in self if name in stored}
-        return [(name, old[name], self[name]) for name in old if old[name] != self[name] and name not in (*LAUNCH, 'log_dir', 'output_dir')]
+    def compare(self, stored, where, fixed):
+        """Say which settings differ from a stored run's ({name: value}), whose folder may have moved; one of `fixed` must not."""
+        for name in self:
+            old = _checked(stored[name], self.settings[name][0], '', f'{where}: {name}') if name in stored else self[name]
+            if old != self[name] and name not in (*LAUNCH, 'log_dir', 'output_dir'):
+                if name in fixed:
+                    fail(f'{name} cannot change on resume: {old} -> {self[name]} ({where})')
+                print0(f'changed since the checkpoint: {name} {old!r} -> {self[name]!r}')
 
     def typed(self):
         """The typed settings as a plain dict, for `restore`."""

@@ -36,11 +36,11 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import configure, fail, master, nearby, print0
-from model import GPT, GPT_SIZES, PEAK_FLOPS, TOKENIZERS, GPTConfig, load_tokenizer, open_shards, printable, shard_rows
-from model import adopt_shape, export_files, find_gpt, fit_weights, load_optimizer_state, make_optimizers, optimizer_state, read_gpt
-from model import agree, ahead, cannot_write, cpu_group, everyone, find_device, first_readable, generator_states, git_commit, on_cpu, open_log, rotate
+from model import GPT, GPT_SIZES, PEAK_FLOPS, GPTConfig, encoding_for_all, open_shards, printable, shard_rows, tokenizer_of
+from model import begin_gpt, export_files, fit_weights, load_optimizer_state, make_optimizers, optimizer_state, path_of_gpt, read_gpt
+from model import NO_WANDB, agree, ahead, cannot_write, cpu_group, everyone, find_device, first_readable, generator_states, git_commit, on_cpu, open_log
 from model import bucketed, distinct_2, instruction_prompt, norms_by_part, open_rows, padded_length, padded_rows, rouge_l, total_norm
-from model import seed_generators, set_generator_states, start_wandb, steps_on_disk, write_together, write_whole
+from model import rotate, same_data, seed_generators, set_generator_states, start_wandb, steps_on_disk, write_together, write_whole
 
 # ---- settings ------------------------------------------------------------------------------------------------------
 # i/o
@@ -144,10 +144,7 @@ judged = 'pretrained_checkpoint' in config.typed_here and read_only  # a model b
 if judged:
     if checkpoint_path:
         fail('--pretrained_checkpoint and --checkpoint_path name two models: give one')
-    try:
-        config.assign('checkpoint_path', find_gpt(pretrained_checkpoint))
-    except OSError as error:
-        fail(f'--pretrained_checkpoint={error}{nearby(pretrained_checkpoint)}')
+    config.assign('checkpoint_path', path_of_gpt('pretrained_checkpoint', pretrained_checkpoint))
 if export and (os.path.isfile(export) or os.path.isdir(export) and os.listdir(export)):
     fail(f'--export={export} is there already: name a new folder')
 
@@ -175,28 +172,14 @@ elif checkpoint:
 
 # ---- derived -------------------------------------------------------------------------------------------------------
 config.assign('log_dir', run_dir)
-if not checkpoint:  # the chain goes on: a checkpoint of finetuning (see above), else the pretrained one, else random weights
-    sources = [pretrained_checkpoint]
-    if 'pretrained_checkpoint' not in config.given and not os.path.exists(pretrained_checkpoint):
-        folder = os.path.dirname(pretrained_checkpoint)
-        numbers = [re.fullmatch(r'model_(\d{1,18})\.pt', name) for name in (os.listdir(folder) if os.path.isdir(folder) else [])]
-        newest = sorted(filter(None, numbers), key=lambda match: -int(match[1]))
-        sources = [os.path.join(folder, match[0]) for match in newest] or sources
-    for source in sources:
-        try:
-            checkpoint_file = find_gpt(source)
-            checkpoint = read_gpt(checkpoint_file)
-            config.restore({'pretrained_checkpoint': source}, checkpoint_file)  # so that config.py repeats this run
-            break
-        except (ValueError, OSError) as error:
-            print0(f'WARNING: the pretrained checkpoint cannot be used: {source}: {error}{nearby(source)}')
-    if not checkpoint:
-        print0('WARNING: RANDOM INITIALISATION: nothing was pretrained, so the answers will be no language (name a model with --pretrained_checkpoint)')
-if checkpoint and 'step' not in checkpoint:
-    try:
-        adopt_shape(config, checkpoint['config'], pretrained_checkpoint, checkpoint_file)
-    except ValueError as error:
-        fail(error)
+# The chain goes on: a checkpoint of finetuning (see above), else the pretrained one, else random weights.
+sources, folder = [pretrained_checkpoint], os.path.dirname(pretrained_checkpoint)
+if 'pretrained_checkpoint' not in config.given and not os.path.exists(pretrained_checkpoint):
+    numbers = [re.fullmatch(r'model_(\d{1,18})\.pt', name) for name in (os.listdir(folder) if os.path.isdir(folder) else [])]
+    sources = [os.path.join(folder, match[0]) for match in sorted(filter(None, numbers), key=lambda match: -int(match[1]))] or sources
+checkpoint, checkpoint_file = begin_gpt('pretrained_checkpoint', sources, config, checkpoint, checkpoint_file, strict=False)
+if not checkpoint:
+    print0('WARNING: RANDOM INITIALISATION: nothing was pretrained, so the answers will be no language (name a model with --pretrained_checkpoint)')
 if forgetting_root == 'auto':  # it must not outlive the moment in which it is known
     root = checkpoint.get('data_root', '') if checkpoint else ''
     config.assign('forgetting_root', root if os.path.isdir(root) else '')
@@ -251,22 +234,14 @@ for number in (signal.SIGTERM, signal.SIGINT):
 # An epoch is a list of micro-batches of batch_size rows of like length (see bucketed), all epochs are one list of them, and step k takes
 # grad_accumulation_steps of it: the order depends on seed and step alone. They are shared out among the ranks; where there are fewer than
 # ranks, their rows are. A loss is divided by the count of the whole step, so it does not matter who has how many.
-if (generate or chat or export) and 'step' not in checkpoint:  # weights from elsewhere do not name their tokenizer, their number of ids does
-    ids = checkpoint['config']['vocab_size']
-    guess = next((known for known in TOKENIZERS.values() if known['vocab_size'] <= ids <= known['vocab_size'] + 63), TOKENIZERS['gpt2'])
-    tokenizer = checkpoint.get('tokenizer', guess)
-elif generate or chat or export:
-    tokenizer = checkpoint.get('tokenizer')
-    if tokenizer not in TOKENIZERS.values():
-        fail(f'{checkpoint_file} names an unknown tokenizer')
+if generate or chat or export:
+    tokenizer = tokenizer_of(checkpoint, checkpoint_file)
 else:
     try:
         train_data, val_data, tokenizer, categories = open_rows(data_dir, block_size)
     except ValueError as error:
         fail(f'{error}; to make data: `python prepare/dolly.py`')
-    theirs = checkpoint.get('tokenizer', tokenizer) if checkpoint else tokenizer
-    if theirs not in TOKENIZERS.values():
-        fail(f'{checkpoint_file} names an unknown tokenizer')
+    theirs = tokenizer_of(checkpoint, checkpoint_file) if checkpoint and 'tokenizer' in checkpoint else tokenizer
     if theirs != tokenizer:
         fail(f'{checkpoint_file} was trained on {theirs["tokenizer"]} tokens, {data_dir} holds {tokenizer["tokenizer"]}: '
              f'python prepare/dolly.py --tokenizer={theirs["tokenizer"]} --output_dir=...')
@@ -314,11 +289,7 @@ def batch(step, micro_step):
     tensors = padded_rows(train_data, parts[part], block_size, tokenizer['eot'], prompt_loss_weight)
     return *([t.pin_memory() for t in tensors] if device_type == 'cuda' else tensors), loss_weight(train_data, rows)
 
-try:
-    encoding = load_tokenizer(tokenizer['tokenizer'])
-except OSError as error:
-    encoding = fail(error) if generate or chat or export else print0(f'no samples: {error}')
-encoding = None if any(everyone(encoding is None)) else encoding  # all ranks sample or none
+encoding = encoding_for_all(tokenizer['tokenizer'], needed=generate or chat or export)
 
 forgetting = {}  # the validation shards of the pretraining data
 if forgetting_root and not (generate or chat or export):
@@ -359,11 +330,8 @@ def load_training(checkpoint):
     load_optimizer_state(raw_model, optimizers, checkpoint['optimizer'])  # the present decay and betas stay
     if checkpoint['scaler']:  # empty if the run had another dtype
         scaler.load_state_dict(checkpoint['scaler'])
-    there, here = checkpoint['train_loader_state'], loader_state(0)
-    for name in ('block_size', 'files'):
-        if there[name] != here[name]:
-            raise ValueError(f'the data in {data_dir} changed since, its {name} was {str(there[name])[:200]}: '
-                             'resume with that data, or begin a new run in another folder')
+    there = checkpoint['train_loader_state']
+    same_data(there, loader_state(0), ('block_size', 'files'), data_dir)
     if not all(type(there[name]) is int and there[name] >= 0 for name in ('epoch', 'micro_batch', 'batches_per_epoch')) or not there['batches_per_epoch']:
         raise ValueError(f'its data position is {there}')
     position = there['micro_batch']
@@ -445,10 +413,7 @@ def poll():
 # ---- resume (=) ----------------------------------------------------------------------------------------------------
 start_step, top_done, reseeded, problem = 0, False, True, ''
 if resumed:
-    for name, old, new in config.changes(checkpoint['config'], checkpoint_file):
-        if name in shape:
-            fail(f'{name} cannot change on resume: {old} -> {new} ({checkpoint_file})')
-        print0(f'changed since the checkpoint: {name} {old!r} -> {new!r}')
+    config.compare(checkpoint['config'], checkpoint_file, fixed=shape)
 try:
     if checkpoint:
         load_weights(checkpoint)
@@ -477,7 +442,7 @@ if master and not read_only:
     except (OSError, ValueError, TypeError) as error:
         problem = f'cannot use {run_dir} as the folder of this run: {error}'
 agree(problem)
-wandb_run = start_wandb(wandb_project, run_name, config, run_dir, progress) if wandb_log and master and not read_only else None
+wandb_run = start_wandb(wandb_project, run_name, config, run_dir, progress) if wandb_log and master and not read_only else NO_WANDB
 
 # ---- compile and wrap (=) ------------------------------------------------------------------------------------------
 if compile:
@@ -657,8 +622,7 @@ for step in range(start_step, max_steps + 1):
             log(f'step {step}/{max_steps} | val loss {progress["val_loss"]:.4f}')
             if not math.isfinite(progress['val_loss']):
                 fail(f'step {step}: validation loss {progress["val_loss"]}; stopped, no checkpoint holds it (try a lower max_lr)', 1)
-            if wandb_run:
-                wandb_run.log({'val/loss': progress['val_loss']}, step=step)
+            wandb_run.log({'val/loss': progress['val_loss']}, step=step)
             train_loss = progress['since_sum'] / max(1, progress['since_count'])
             if progress['val_loss'] > progress['best_val_loss'] and progress['since_count'] and train_loss < progress['train_loss_before']:
                 log(f'Warning: Overfitting detected: val loss {progress["val_loss"]:.4f} is above its best, {progress["best_val_loss"]:.4f} at step '
@@ -742,8 +706,7 @@ for step in range(start_step, max_steps + 1):
         minutes = int(dt * (max_steps - step - 1) / 60)
         log(f'step {step + 1}/{max_steps} ({100 * (step + 1) / max_steps:.2f}%) | loss {mean_loss:.6f} | lr {lr:.2e} | norm {step_norm:.2f} | '
             f'dt {1000 * dt:.0f}ms | tok/s {timed_tokens * world_size / seconds:,.0f} | mfu {mfu} | eta {minutes // 60}h{minutes % 60:02d}m{gradients}')
-        if wandb_run:
-            wandb_run.log({'train/loss': mean_loss, 'lr': lr, 'norm': step_norm}, step=step + 1)
+        wandb_run.log({'train/loss': mean_loss, 'lr': lr, 'norm': step_norm}, step=step + 1)
         seconds, timed_steps, timed_tokens, flops = 0.0, 0, 0, 0
         progress.update(loss_sum=0.0, loss_count=0)
 
@@ -751,6 +714,5 @@ for step in range(start_step, max_steps + 1):
 log(f'done: best val loss {progress["best_val_loss"]:.4f} at step {progress["best_step"]}, checkpoints in {run_dir}, '
     f'trained for {progress["seconds"] / 60:.1f} min', prefix='# ')
 poll()
-if wandb_run:
-    wandb_run.finish()
+wandb_run.finish()
 leave(0)

@@ -4,6 +4,7 @@ Parameter names are those of the published checkpoints; weights of linear layers
 published Conv1D ones. The head is the token embedding (tied), so it has no entry of its own in the state dict.
 """
 import base64
+import glob
 import hashlib
 import json
 import math
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from decimal import Decimal, localcontext
 from fractions import Fraction
 from functools import lru_cache
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -369,6 +371,14 @@ def find_gpt(source):
     return find_model(source, repository, 'gpt2, gpt2-medium, gpt2-large, gpt2-xl, owner/name')
 
 
+def path_of_gpt(setting, source):
+    """find_gpt of what a setting names; ends the script if it is not there."""
+    try:
+        return find_gpt(source)
+    except OSError as error:
+        fail(f'--{setting}={error}{nearby(source)}')
+
+
 def find_model(source, repository='', names='owner/name'):
     """Path of the weights that `source` names: a file or folder as it is; any 'owner/name' of the Hugging Face hub is taken from its local
     cache, else downloaded. OSError says what failed."""
@@ -507,6 +517,27 @@ def adopt_shape(config, shape, source, where):
             raise ValueError(f'--{name}={config[name]} is not that of {where}: {value}')
     size = dict(model=source) if source in GPT_SIZES else {}
     config.restore({**size, **{name: value for name, value in shape.items() if name != 'vocab_size'}}, where)
+
+
+def begin_gpt(setting, sources, config, checkpoint, file, strict):
+    """(checkpoint, its file): without one, that of the first of these sources that can be read, else (None, ''); the shape of weights alone becomes that of
+    the settings (a Config). A source that cannot be read ends the script or, not strict, is a warning."""
+    for source in sources if not checkpoint else ():
+        try:
+            path = find_gpt(source)
+            checkpoint, file = read_gpt(path), path
+            config.restore({setting: source}, path)  # so that config.py repeats this run
+            break
+        except (ValueError, OSError) as error:
+            if strict:
+                fail(f'--{setting}={error}{nearby(source)}' if isinstance(error, OSError) else f'--{setting}={source}: {error}')
+            print0(f'WARNING: the pretrained checkpoint cannot be used: {source}: {error}{nearby(source)}')
+    if checkpoint and 'step' not in checkpoint:
+        try:
+            adopt_shape(config, checkpoint['config'], config[setting], file)
+        except ValueError as error:
+            fail(error)
+    return checkpoint, file
 
 
 def fit_weights(weights, block_size, vocab_size, n_vocab):
@@ -731,6 +762,27 @@ def printable(text):
 
 # What a manifest.json may say; a folder without one holds GPT-2's ids.
 TOKENIZERS = {'gpt2': dict(tokenizer='gpt2', vocab_size=50257, eot=50256), 'bytes': dict(tokenizer='bytes', vocab_size=257, eot=256)}
+
+
+def tokenizer_of(checkpoint, file):
+    """The entry of TOKENIZERS that a checkpoint was trained with. Weights from elsewhere do not name theirs, their number of ids does."""
+    if 'step' in checkpoint or 'tokenizer' in checkpoint:
+        found = checkpoint.get('tokenizer')
+    else:
+        ids = checkpoint['config']['vocab_size']
+        found = next((known for known in TOKENIZERS.values() if known['vocab_size'] <= ids <= known['vocab_size'] + 63), TOKENIZERS['gpt2'])
+    if found not in TOKENIZERS.values():
+        fail(f'{file} names an unknown tokenizer')
+    return found
+
+
+def encoding_for_all(name, needed):
+    """load_tokenizer on every rank; where one has none, None on all ranks, with a message, or the end if it is needed."""
+    try:
+        encoding = load_tokenizer(name)
+    except OSError as error:
+        encoding = fail(error) if needed else print0(f'no samples: {error}')
+    return None if any(everyone(encoding is None)) else encoding
 
 
 def open_shard(path):
@@ -1038,6 +1090,17 @@ def open_log(path, path_of, read, checkpoint, checkpoint_file, explicit):
     if in_place and os.fstat(descriptor).st_size > checkpoint['log_bytes']:
         os.ftruncate(descriptor, checkpoint['log_bytes'])
     return descriptor
+
+
+def same_data(there, here, names, data):
+    """ValueError if the loader_state of a checkpoint differs from the present one in one of these names."""
+    for name in names:
+        if there[name] != here[name]:
+            raise ValueError(f'the data in {data} changed since, its {name} was {str(there[name])[:200]}: '
+                             'resume with that data, or begin a new run in another folder')
+
+
+NO_WANDB = SimpleNamespace(log=lambda values, step: None, finish=lambda: None)
 
 
 def start_wandb(project, name, config, folder, progress):
@@ -1971,6 +2034,20 @@ def read_prm(path):
         raise ValueError('its scheduler.pt or optimizer.pt holds something else')
     state = {name: math.inf if value is None else value for name, value in state.items()}  # JSON has no infinity
     return dict(state, model=model, optimizer=optimizer, shape=shape, **{name: scheduler[name] for name in ('ranks', 'scaler', 'train_loader_state')})
+
+
+def prm_step(path):
+    """The step of the checkpoint in a folder, without reading all of it; -1 if there is none."""
+    try:
+        return int(read_whole(os.path.join(path, 'training_state.json'))['step'])
+    except (OSError, ValueError, TypeError, KeyError, OverflowError):
+        return -1
+
+
+def prm_checkpoints(pattern, names):
+    """{path: step} of the checkpoints that fit the glob pattern, and whose names fit the regular expression."""
+    steps = {path: prm_step(path) for path in glob.glob(pattern) if re.fullmatch(names, os.path.basename(path))}
+    return {path: step for path, step in steps.items() if step >= 0}
 
 
 def sha256(path):

@@ -33,8 +33,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from configurator import configure, fail, master, nearby, print0
 from model import PEAK_FLOPS, load_optimizer_state, norms_by_part, optimizer_state, total_norm
-from model import agree, ahead, cannot_write, cpu_group, everyone, find_device, first_readable, generator_states, git_commit, on_cpu, open_log, rotate
-from model import seed_generators, set_generator_states, start_wandb, steps_on_disk, write_together, write_whole
+from model import NO_WANDB, agree, ahead, cannot_write, cpu_group, everyone, find_device, first_readable, generator_states, git_commit, on_cpu, open_log
+from model import rotate, same_data, seed_generators, set_generator_states, start_wandb, steps_on_disk, write_together, write_whole
 from trm import IGNORE, METRICS, SHAPE, AdamATan2, all_config, all_votes, arc_result, arc_vote, average_of, begin_with, deal_carries, drawn, examples_of_epoch
 from trm import least_steps, load_trm, new_trm, of_all_ranks, open_puzzles, puzzle_tensors, read_arc, run_folder, sign_sgd, slots_of, trm_checkpoint
 
@@ -319,8 +319,7 @@ def load_training(checkpoint):
         raise ValueError(f'it sums up {len(checkpoint["sums"])} measures')
     if checkpoint['config'].get('halt_threshold', 0.5) != halt_threshold:
         checkpoint.update(best_exact=-1.0, best_val_loss=math.inf)  # accuracies of another kind cannot be compared
-    if checkpoint['train_loader_state']['data'] != train_data.facts:
-        raise ValueError(f'the data in {data_paths} changed since: resume with those, or begin a new run in another folder')
+    same_data(checkpoint['train_loader_state'], loader_state(0), ('data',), data_paths)
     carries = deal_carries(checkpoint['ranks'], carries, rank, world_size, data)
 
 # ---- checkpoint (=) ------------------------------------------------------------------------------------------------
@@ -390,10 +389,7 @@ def poll():
 # ---- resume (=) ----------------------------------------------------------------------------------------------------
 start_step, top_done, reseeded, problem = 0, False, True, ''
 if resumed:
-    for name, old, new in config.changes(checkpoint['config'], checkpoint_file):
-        if name in shape:
-            fail(f'{name} cannot change on resume: {old} -> {new} ({checkpoint_file})')
-        print0(f'changed since the checkpoint: {name} {old!r} -> {new!r}')
+    config.compare(checkpoint['config'], checkpoint_file, fixed=shape)
 try:
     if checkpoint:
         load_weights(checkpoint)
@@ -422,7 +418,7 @@ if master and not read_only:
     except (OSError, ValueError, TypeError) as error:
         problem = f'cannot use {run_dir} as the folder of this run: {error}'
 agree(problem)
-wandb_run = start_wandb(wandb_project, run_name, config, run_dir, progress) if wandb_log and master and not read_only else None
+wandb_run = start_wandb(wandb_project, run_name, config, run_dir, progress) if wandb_log and master and not read_only else NO_WANDB
 
 # ---- compile and wrap (=) ------------------------------------------------------------------------------------------
 if compile:
@@ -550,8 +546,7 @@ for step in range(start_step, max_steps + 1):
             fail(f'step {step}: validation loss {progress["val_loss"]}; stopped, no checkpoint holds it (try a lower lr)', 1)
         if arc:
             write_together(os.path.join(run_dir, 'submission.json'), {'': report['submission']})
-        if wandb_run:
-            wandb_run.log({f'val/{name}': value for name, value in report.items() if isinstance(value, float)}, step=step)
+        wandb_run.log({f'val/{name}': value for name, value in report.items() if isinstance(value, float)}, step=step)
         if (report['exact_accuracy'], -report['val_loss']) > (progress['best_exact'], -progress['best_val_loss']):
             progress.update(best_val_loss=report['val_loss'], best_exact=report['exact_accuracy'], best_step=step)
             snapshot['progress'] = dict(progress)
@@ -629,8 +624,7 @@ for step in range(start_step, max_steps + 1):
         log(f'step {step + 1}/{max_steps} ({100 * (step + 1) / max_steps:.2f}%) | loss {mean_loss:.6f} | exact {exact:.4f} | cells {cells:.4f} | '
             f'halts after {turns:.2f} | lr {peak_lr * scale:.2e} | norm {step_norm:.2f} | dt {1000 * dt:.0f}ms | '
             f'samples/s {global_batch_size / dt:,.0f} | mfu {mfu} | eta {minutes // 60}h{minutes % 60:02d}m{norms}')
-        if wandb_run:
-            wandb_run.log({'train/loss': mean_loss, 'train/exact_accuracy': exact, 'train/accuracy': cells, 'train/steps': turns, 'lr': peak_lr * scale,
+        wandb_run.log({'train/loss': mean_loss, 'train/exact_accuracy': exact, 'train/accuracy': cells, 'train/steps': turns, 'lr': peak_lr * scale,
                            'norm': step_norm, 'samples/s': global_batch_size / dt}, step=step + 1)
         seconds, timed_steps = 0.0, 0
         progress.update(loss_sum=0.0, loss_count=0, sums=[0.0] * len(METRICS))
@@ -639,6 +633,5 @@ for step in range(start_step, max_steps + 1):
 log(f'done: best val loss {progress["best_val_loss"]:.4f}, exact {max(0, progress["best_exact"]):.4f} at step {progress["best_step"]}, '
     f'checkpoints in {run_dir}, trained for {progress["seconds"] / 60:.1f} min', prefix='# ')
 poll()
-if wandb_run:
-    wandb_run.finish()
+wandb_run.finish()
 leave(0)

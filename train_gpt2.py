@@ -30,11 +30,11 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import configure, fail, master, nearby, print0
-from model import GPT, GPT_SIZES, PEAK_FLOPS, TOKENIZERS, GPTConfig, hellaswag_scores, load_tokenizer, open_hellaswag, open_shards, printable, shard_rows
-from model import adopt_shape, export_files, find_gpt, fit_weights, load_whole_weights, read_gpt, whole_weights
-from model import agree, ahead, cannot_write, cpu_group, everyone, find_device, first_readable, generator_states, git_commit, on_cpu, open_log, rotate
+from model import GPT, GPT_SIZES, PEAK_FLOPS, GPTConfig, encoding_for_all, hellaswag_scores, open_hellaswag, open_shards, printable, shard_rows, tokenizer_of
+from model import begin_gpt, export_files, fit_weights, load_whole_weights, path_of_gpt, read_gpt, whole_weights
+from model import NO_WANDB, agree, ahead, cannot_write, cpu_group, everyone, find_device, first_readable, generator_states, git_commit, on_cpu, open_log
 from model import load_optimizer_state, make_optimizers, norms_by_part, optimizer_state, sum_gradients, tensor_parallel, total_norm
-from model import seed_generators, set_generator_states, start_wandb, steps_on_disk, write_together, write_whole
+from model import rotate, same_data, seed_generators, set_generator_states, start_wandb, steps_on_disk, write_together, write_whole
 
 # ---- settings ------------------------------------------------------------------------------------------------------
 # i/o
@@ -127,18 +127,12 @@ def newest_first():
 def checkpoint_of(path):  # one dict, whatever the files; ValueError if it is damaged
     return read_gpt(path, whole=True)
 
-def path_of_weights():
-    try:
-        return find_gpt(init_from)
-    except OSError as error:
-        fail(f'--init_from={error}{nearby(init_from)}')
-
 if eval_only + (generate != '') + (export != '') > 1:
     fail('--eval_only, --generate and --export are three launches: give one')
 if 'init_from' in config.typed_here and init_from != 'scratch' and checkpoint_path:
     fail('--init_from and --checkpoint_path name two beginnings: give one')
 if 'init_from' in config.typed_here and init_from != 'scratch' and read_only:  # in a run's config.py it says where that run began
-    config.assign('checkpoint_path', path_of_weights())
+    config.assign('checkpoint_path', path_of_gpt('init_from', init_from))
 if export and (os.path.isfile(export) or os.path.isdir(export) and os.listdir(export)):
     fail(f'--export={export} is there already: name a new folder')
 
@@ -168,17 +162,7 @@ elif checkpoint:
 config.assign('log_dir', run_dir)
 if read_only and 'model_parallel' not in typed_now:
     config.assign('model_parallel', False)  # a stored one: files hold whole tensors
-if init_from != 'scratch' and not checkpoint:
-    try:
-        checkpoint_file = path_of_weights()
-        checkpoint = read_gpt(checkpoint_file)
-    except (ValueError, OSError) as error:
-        fail(f'--init_from={init_from}: {error}')
-if checkpoint and 'step' not in checkpoint:
-    try:
-        adopt_shape(config, checkpoint['config'], init_from, checkpoint_file)
-    except ValueError as error:
-        fail(error)
+checkpoint, checkpoint_file = begin_gpt('init_from', [init_from] if init_from != 'scratch' else [], config, checkpoint, checkpoint_file, strict=True)
 config.fill({**GPT_SIZES[model], **{
     'tiny': dict(batch_size=16, total_batch_size=2048, val_tokens=131072, max_lr=4e-3, warmup_steps=100, max_steps=1250, eval_interval=250,
                  generate_interval=500, checkpoint_interval=250, log_interval=50, min_seq_length=16, max_seq_length=128),
@@ -258,11 +242,7 @@ accumulation = total_batch_size // micro_total  # micro-steps per step
 rows_per_step = total_batch_size // T
 
 if generate or export:
-    ids = 0 if 'step' in checkpoint else checkpoint['config']['vocab_size']  # weights from elsewhere do not name their tokenizer, its size does
-    guess = next((known for known in TOKENIZERS.values() if known['vocab_size'] <= ids <= known['vocab_size'] + 63), TOKENIZERS['gpt2'])
-    train_shards, val_shards, tokenizer = {}, {}, checkpoint.get('tokenizer', guess)
-    if tokenizer not in TOKENIZERS.values():
-        fail(f'{checkpoint_file} names an unknown tokenizer')
+    train_shards, val_shards, tokenizer = {}, {}, tokenizer_of(checkpoint, checkpoint_file)
 else:
     try:
         train_shards, val_shards, tokenizer = open_shards(data_root, T)
@@ -290,11 +270,7 @@ def batch(step, micro_step):
     x, y = tokens[:, :-1].reshape(-1, length), tokens[:, 1:].reshape(-1, length)
     return (x.pin_memory(), y.pin_memory()) if device_type == 'cuda' else (x, y)
 
-try:
-    encoding = load_tokenizer(tokenizer['tokenizer'])
-except OSError as error:
-    encoding = fail(error) if generate or export else print0(f'no samples: {error}')
-encoding = None if any(everyone(encoding is None)) else encoding  # all ranks sample or none
+encoding = encoding_for_all(tokenizer['tokenizer'], needed=generate or export)
 
 hellaswag = []
 if hellaswag_interval > 0 and not (generate or export):
@@ -335,11 +311,8 @@ def load_training(checkpoint):
     load_optimizer_state(raw_model, optimizers, checkpoint['optimizer'])  # the present decay and betas stay
     if checkpoint['scaler']:  # empty if the run had another dtype
         scaler.load_state_dict(checkpoint['scaler'])
-    there, here = checkpoint['train_loader_state'], loader_state(0)
-    for name in ('row_length', 'shards'):
-        if there[name] != here[name]:
-            raise ValueError(f'the data in {data_root} changed since, its {name} was {str(there[name])[:200]}: '
-                             'resume with that data, or begin a new run in another folder')
+    there = checkpoint['train_loader_state']
+    same_data(there, loader_state(0), ('row_length', 'shards'), data_root)
     if not all(type(there[name]) is int and there[name] >= 0 for name in ('epoch', 'row')):
         raise ValueError(f'its data position is epoch {there["epoch"]}, row {there["row"]}')
     first_step, first_row = checkpoint['step'], there['epoch'] * train_rows + there['row']
@@ -411,10 +384,7 @@ def poll():
 # ---- resume (=) ----------------------------------------------------------------------------------------------------
 start_step, top_done, reseeded, problem = 0, False, True, ''
 if resumed:
-    for name, old, new in config.changes(checkpoint['config'], checkpoint_file):
-        if name in shape:
-            fail(f'{name} cannot change on resume: {old} -> {new} ({checkpoint_file})')
-        print0(f'changed since the checkpoint: {name} {old!r} -> {new!r}')
+    config.compare(checkpoint['config'], checkpoint_file, fixed=shape)
 try:
     if checkpoint:
         load_weights(checkpoint)
@@ -443,7 +413,7 @@ if master and not read_only:
     except (OSError, ValueError, TypeError) as error:
         problem = f'cannot use {run_dir} as the folder of this run: {error}'
 agree(problem)
-wandb_run = start_wandb(wandb_project, run_name, config, run_dir, progress) if wandb_log and master and not read_only else None
+wandb_run = start_wandb(wandb_project, run_name, config, run_dir, progress) if wandb_log and master and not read_only else NO_WANDB
 
 # ---- compile and wrap (=) ------------------------------------------------------------------------------------------
 if compile:
@@ -552,16 +522,14 @@ for step in range(start_step, max_steps + 1):
             log(f'step {step}/{max_steps} | val loss {progress["val_loss"]:.4f}')
             if not math.isfinite(progress['val_loss']):
                 fail(f'step {step}: validation loss {progress["val_loss"]}; stopped, no checkpoint holds it (try a lower max_lr)', 1)
-            if wandb_run:
-                wandb_run.log({'val/loss': progress['val_loss']}, step=step)
+            wandb_run.log({'val/loss': progress['val_loss']}, step=step)
             if progress['val_loss'] < progress['best_val_loss']:
                 progress.update(best_val_loss=progress['val_loss'], best_step=step)
                 snapshot['progress'] = dict(progress)
                 save(checkpoint_path_of('best'))
         if hellaswag and step and (step % hellaswag_interval == 0 or last):
             scores = evaluate_hellaswag()
-            if wandb_run:
-                wandb_run.log({f'val/{name}': score for name, score in scores.items()}, step=step)
+            wandb_run.log({f'val/{name}': score for name, score in scores.items()}, step=step)
         if encoding and generate_interval > 0 < step and (step % generate_interval == 0 or last):
             for text in sample('', seed + step):
                 log(f'step {step}/{max_steps} | sample\n' + '\n'.join('    ' + line for line in text.splitlines()))
@@ -621,8 +589,7 @@ for step in range(start_step, max_steps + 1):
         minutes = int(dt * (max_steps - step - 1) / 60)
         log(f'step {step + 1}/{max_steps} ({100 * (step + 1) / max_steps:.2f}%) | loss {mean_loss:.6f} | lr {lr:.2e} | norm {step_norm:.2f} | '
             f'dt {1000 * dt:.0f}ms | tok/s {total_batch_size / dt:,.0f} | mfu {mfu} | eta {minutes // 60}h{minutes % 60:02d}m{gradients}')
-        if wandb_run:
-            wandb_run.log({'train/loss': mean_loss, 'lr': lr, 'norm': step_norm, 'tok/s': total_batch_size / dt}, step=step + 1)
+        wandb_run.log({'train/loss': mean_loss, 'lr': lr, 'norm': step_norm, 'tok/s': total_batch_size / dt}, step=step + 1)
         seconds, timed_steps = 0.0, 0
         progress.update(loss_sum=0.0, loss_count=0)
 
@@ -630,6 +597,5 @@ for step in range(start_step, max_steps + 1):
 log(f'done: best val loss {progress["best_val_loss"]:.4f} at step {progress["best_step"]}, checkpoints in {run_dir}, '
     f'trained for {progress["seconds"] / 60:.1f} min', prefix='# ')
 poll()
-if wandb_run:
-    wandb_run.finish()
+wandb_run.finish()
 leave(0)

@@ -23,7 +23,6 @@ Judge a checkpoint, or let it choose among several paths of a question:
 import glob
 import math
 import os
-import re
 import signal
 import sys
 import time
@@ -40,9 +39,9 @@ from tqdm import tqdm
 
 from configurator import configure, fail, master, nearby, print0
 from model import PEAK_FLOPS, PRM_FILES, Qwen3Config, QwenLatentPRM, bucketed, compared, find_model, judged, open_paths, padded_paths, printable, read_prm
-from model import agree, ahead, cannot_write, cpu_group, everyone, find_device, first_readable, generator_states, git_commit, on_cpu, open_log, rotate
-from model import load_optimizer_state, make_optimizers, newest, optimizer_state, read_whole, set_aside, sha256, table_lines, total_norm, without_nan
-from model import seed_generators, set_generator_states, start_wandb, steps_on_disk, write_together, write_whole
+from model import NO_WANDB, agree, ahead, cannot_write, cpu_group, everyone, find_device, first_readable, generator_states, git_commit, on_cpu, open_log
+from model import load_optimizer_state, make_optimizers, newest, optimizer_state, prm_checkpoints, prm_step, read_whole, rotate, same_data, set_aside
+from model import seed_generators, set_generator_states, sha256, start_wandb, steps_on_disk, table_lines, total_norm, without_nan, write_together, write_whole
 
 # ---- settings ------------------------------------------------------------------------------------------------------
 # i/o
@@ -110,17 +109,10 @@ config = configure(globals(), aliases={
 
 # ---- run folder ----------------------------------------------------------------------------------------------------
 typed_now = set(config.given)  # a resume adds what was typed when the run began
-def step_of(path):
-    """The step of the checkpoint in a folder, without reading all of it; -1 if there is none."""
-    try:
-        return int(read_whole(os.path.join(path, 'training_state.json'))['step'])
-    except (OSError, ValueError, TypeError, KeyError, OverflowError):
-        return -1
 
-def folders(pattern):
+def folders(names):
     """{path: step} of the checkpoints in run_dir whose names fit."""
-    steps = {path: step_of(path) for path in glob.glob(os.path.join(glob.escape(run_dir), '*')) if re.fullmatch(pattern, os.path.basename(path))}
-    return {path: step for path, step in steps.items() if step >= 0}
+    return prm_checkpoints(os.path.join(glob.escape(run_dir), '*'), names)
 
 if 'ask' in typed_now and not ask.strip():
     fail('--ask: the question is empty')
@@ -130,9 +122,8 @@ read_only = eval_only or ask != ''       # these modes read a checkpoint and sta
 lenient = False                          # True: a typed checkpoint that cannot be read is a warning, not the end
 run_dir = output_dir
 if not (output_dir or checkpoint_path) and (auto_resume or resume or read_only):
-    run_dir = os.path.dirname(os.path.dirname(newest(
-        os.path.join(path, 'training_state.json') for path in glob.glob(os.path.join('checkpoints', 'qwen_prm_*', '*'))
-        if re.fullmatch(r'checkpoint-\d+|epoch_\d+|final', os.path.basename(path)) and step_of(path) >= 0)))
+    found = prm_checkpoints(os.path.join('checkpoints', 'qwen_prm_*', '*'), r'checkpoint-\d+|epoch_\d+|final')
+    run_dir = os.path.dirname(os.path.dirname(newest(os.path.join(path, 'training_state.json') for path in found)))
 run_dir = run_dir or os.path.join('checkpoints', 'qwen_prm_' + time.strftime('%Y%m%d_%H%M%S'))
 run_dir_typed, log_name = 'output_dir' in typed_now, 'training.log'
 
@@ -376,11 +367,8 @@ def load_training(checkpoint):
         scaler.load_state_dict(checkpoint['scaler'])
     if any(checkpoint['config'].get(name) != config[name] for name in ('best_metric', 'loss')):
         checkpoint['best_score'] = math.inf  # scores of another kind cannot be compared
-    there, here = checkpoint['train_loader_state'], loader_state(checkpoint['step'])
-    for name in ('seed', 'max_seq_length', 'use_prm_score', 'files'):
-        if there[name] != here[name]:
-            raise ValueError(f'the data in {data_dir} changed since, its {name} was {str(there[name])[:200]}: '
-                             'resume with that data, or begin a new run in another folder')
+    there = checkpoint['train_loader_state']
+    same_data(there, loader_state(checkpoint['step']), ('seed', 'max_seq_length', 'use_prm_score', 'files'), data_dir)
     in_place = checkpoint_path and os.path.isdir(run_dir) and os.path.samefile(os.path.dirname(os.path.normpath(checkpoint_file)) or '.', run_dir)
     for path, step in folders(r'epoch_\d+|final').items() if master and in_place and checkpoint['step'] <= max_steps else ():
         if step > checkpoint['step']:  # of another future, as what the next section sets aside
@@ -454,10 +442,7 @@ def poll():
 # ---- resume (=) ----------------------------------------------------------------------------------------------------
 start_step, top_done, reseeded, problem = 0, False, True, ''
 if resumed:
-    for name, old, new in config.changes(checkpoint['config'], checkpoint_file):
-        if name in shape:
-            fail(f'{name} cannot change on resume: {old} -> {new} ({checkpoint_file})')
-        print0(f'changed since the checkpoint: {name} {old!r} -> {new!r}')
+    config.compare(checkpoint['config'], checkpoint_file, fixed=shape)
 try:
     if checkpoint:
         load_weights(checkpoint)
@@ -486,7 +471,7 @@ if master and not read_only:
     except (OSError, ValueError, TypeError) as error:
         problem = f'cannot use {run_dir} as the folder of this run: {error}'
 agree(problem)
-wandb_run = start_wandb(wandb_project, run_name, config, run_dir, progress) if wandb_log and master and not read_only else None
+wandb_run = start_wandb(wandb_project, run_name, config, run_dir, progress) if wandb_log and master and not read_only else NO_WANDB
 
 # ---- compile and wrap (=) ------------------------------------------------------------------------------------------
 if compile:
@@ -647,8 +632,7 @@ for step in range(start_step, max_steps + 1):
             val_loss = report['val_loss']
             if not math.isfinite(val_loss):
                 fail(f'step {step}: validation loss {val_loss}; stopped, no checkpoint holds it (try a lower learning_rate)', 1)
-            if wandb_run:
-                wandb_run.log({f'val/{name}': value for name, value in report.items()}, step=step)
+            wandb_run.log({f'val/{name}': value for name, value in report.items()}, step=step)
             progress.update(val_loss=val_loss, best_val_loss=min(progress['best_val_loss'], val_loss), report=without_nan(report), table=without_nan(table),
                             val_step_numbers=[*progress['val_step_numbers'], step], val_losses=[*progress['val_losses'], val_loss])
             metric = ('val_loss' if math.isnan(report['within_auc']) else 'within_auc') if best_metric == 'auto' else best_metric
@@ -662,7 +646,7 @@ for step in range(start_step, max_steps + 1):
     wanted = [checkpoint_path_of(step)] if save_every > 0 and step % save_every == 0 or step in permanent or last else []
     wanted += [os.path.join(run_dir, f'epoch_{step // steps_per_epoch}')] if epoch_ended else []
     for path in [*wanted, *([os.path.join(run_dir, 'final')] if last else [])] if step else []:
-        if fresh or not everyone(step_of(path) == step and path not in damaged)[0]:  # a run that was killed between two of them, or was shorter once
+        if fresh or not everyone(prm_step(path) == step and path not in damaged)[0]:  # a run that was killed between two of them, or was shorter once
             save(path)
             print0(f'[Trainer] Checkpoint saved to: {path}')
     if last:
@@ -730,8 +714,7 @@ for step in range(start_step, max_steps + 1):
         log(f'step {step + 1}/{max_steps} ({100 * (step + 1) / max_steps:.2f}%) | loss {mean_loss:.6f} | lr {lr:.2e} | norm {step_norm:.2f} | '
             f'dt {1000 * dt:.0f}ms | samples/s {timed_paths * world_size / seconds:,.1f} | mfu {mfu} | eta {minutes // 60}h{minutes % 60:02d}m')
         log(f'[Trainer] Step {step + 1}: loss={mean_loss:.4f}, avg_loss={progress["epoch_sum"] / progress["epoch_count"]:.4f}, lr={lr:.2e}')
-        if wandb_run:
-            wandb_run.log({'train/loss': mean_loss, 'lr': lr, 'norm': step_norm}, step=step + 1)
+        wandb_run.log({'train/loss': mean_loss, 'lr': lr, 'norm': step_norm}, step=step + 1)
         progress.update(step_numbers=[*progress['step_numbers'], step + 1], step_losses=[*progress['step_losses'], mean_loss], loss_sum=0.0, loss_count=0)
         seconds, timed_steps, timed_paths, timed_latents = 0.0, 0, 0, 0
 
@@ -747,6 +730,5 @@ print0(f'wrote {os.path.join(run_dir, "training_stats.json")}')
 log(f'done: best val loss {progress["best_val_loss"]:.4f}, best/ is that of step {progress["best_step"]}, checkpoints in {run_dir}, '
     f'trained for {progress["seconds"] / 60:.1f} min', prefix='# ')
 poll()
-if wandb_run:
-    wandb_run.finish()
+wandb_run.finish()
 leave(0)
