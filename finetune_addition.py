@@ -38,7 +38,7 @@ from model import PEAK_FLOPS, load_optimizer_state, norms_by_part, optimizer_sta
 from model import NO_WANDB, agree, ahead, cannot_write, cpu_group, everyone, find_device, first_readable, generator_states, git_commit, on_cpu, open_log
 from model import rotate, same_data, seed_generators, set_generator_states, start_wandb, steps_on_disk, write_together, write_whole
 from trm import IGNORE, METRICS, SHAPE, AdamATan2, addition_tokens, all_config, average_of, begin_with, deal_carries, examples_of_epoch, least_steps
-from trm import load_trm, new_trm, of_all_ranks, open_sums, puzzle_tensors, run_folder, sign_sgd, slots_of, trm_checkpoint
+from trm import load_trm, new_trm, of_all_ranks, open_sums, puzzle_tensors, report_lines, run_folder, sign_sgd, slots_of, trm_checkpoint
 
 # ---- settings ------------------------------------------------------------------------------------------------------
 # i/o
@@ -523,11 +523,8 @@ def evaluate(limit=0):
     return report
 
 def say(step, report, whole=False):
-    by_step, unit = report['exact_accuracy_by_step'], 'turn' if trace else 'step'
-    log(f'step {step}/{max_steps} | val loss {report["val_loss"]:.4f} | exact {report["exact_accuracy"]:.4f} at the halt, '
-        f'{by_step[-1]:.4f} after {len(by_step)} {unit}s | cells {report["cell_accuracy"]:.4f} | halts after {report["halting_steps"]:.2f} steps | '
-        f'{report["examples"]:,} examples')
-    log(f'step {step}/{max_steps} | exact by {unit} ' + ' '.join(f'{share:.4f}' for share in by_step))
+    for line in report_lines(report, 'turn' if trace else 'step'):
+        log(f'step {step}/{max_steps} | {line}')
     for name, what in (('digits', 'digits of the longer number'), ('carry', 'columns of the longest carry')) if whole else ():
         log(f'step {step}/{max_steps} | exact by {what} ' + ' '.join(f'{k}: {right / n:.4f} ({n})' for k, (right, n) in report[f'by_{name}'].items()))
     samples = [f'{r["a"]}+{r["b"]}={r["answer"]}' + ('' if r['right'] else f' ({r["sum"]})') for r in report['answers'][:3]]

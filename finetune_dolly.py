@@ -37,7 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from configurator import configure, fail, master, nearby, print0
 from model import GPT, GPT_SIZES, PEAK_FLOPS, GPTConfig, encoding_for_all, open_shards, printable, shard_rows, tokenizer_of
-from model import begin_gpt, export_files, fit_weights, load_optimizer_state, make_optimizers, optimizer_state, path_of_gpt, read_gpt
+from model import begin_gpt, converse, export_files, fit_weights, load_optimizer_state, make_optimizers, optimizer_state, path_of_gpt, read_gpt
 from model import NO_WANDB, agree, ahead, cannot_write, cpu_group, everyone, find_device, first_readable, generator_states, git_commit, on_cpu, open_log
 from model import bucketed, distinct_2, instruction_prompt, norms_by_part, open_rows, padded_length, padded_rows, rouge_l, total_norm
 from model import rotate, same_data, seed_generators, set_generator_states, start_wandb, steps_on_disk, write_together, write_whole
@@ -568,16 +568,7 @@ if read_only:
             fail('--chat is for one process, without torchrun')
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        sys.stdin.reconfigure(errors='replace')
-        print0('an instruction and Enter; an empty line ends')
-        try:
-            for turn in range(10 ** 9):
-                line = input('> ').strip()
-                if not line:
-                    break
-                print0(readable(answers([prompt_ids(line)], seed + turn, temperature, top_k, top_p)[0][0]))
-        except (EOFError, KeyboardInterrupt):
-            print0('')
+        converse(lambda line, turn: readable(answers([prompt_ids(line)], seed + turn, temperature, top_k, top_p)[0][0]))
     else:
         progress['val_loss'] = evaluate()
         print0(f'step {step}/{max_steps} | val loss {progress["val_loss"]:.4f}')

@@ -13,6 +13,7 @@ import random
 import re
 import shutil
 import subprocess
+import sys
 import unicodedata
 import zipfile
 import zlib
@@ -758,6 +759,20 @@ def load_tokenizer(name, download=False):
 def printable(text):
     """The text without control codes, for a terminal."""
     return re.sub(r'[^\n\t -~\xa0-\U0010ffff]', '\ufffd', text)
+
+
+def converse(answer):
+    """Print answer(line, number of the turn) to every line that is typed, until an empty one, end of file or Ctrl-C."""
+    sys.stdin.reconfigure(errors='replace')
+    print0('an instruction and Enter; an empty line ends')
+    try:
+        for turn in range(10 ** 9):
+            line = input('> ').strip()
+            if not line:
+                break
+            print0(answer(line, turn))
+    except (EOFError, KeyboardInterrupt):
+        print0('')
 
 
 # What a manifest.json may say; a folder without one holds GPT-2's ids.
@@ -1999,6 +2014,22 @@ def table_lines(table):
     if not math.isnan(majority):
         verdict = 'loses to' if best < majority else 'beats' if best > majority else 'equals'
         yield f"choosing the PRM's best path {verdict} a majority vote, {best:.3f} to {majority:.3f}; a vote weighted by its scores has {weighted:.3f}"
+
+
+def choice_lines(scores, by_step, said):
+    """Lines of what is chosen among the paths of a question: their scores, those after each thought, and their (text, answer), '' being none."""
+    order = sorted(range(len(scores)), key=lambda i: -scores[i])
+    for i in order:
+        steps = ' '.join(f'{score:.3f}' for score in by_step[i])
+        yield f'path {i:3} | score {scores[i]:.3f} | after each thought {steps} | answer {said[i][1] or "none"}'
+    for how, weights in (('majority vote', [1] * len(scores)), ('vote weighted by the scores', scores)):
+        sums = {}
+        for weight, (_, answer) in zip(weights, said, strict=True):
+            if answer:
+                sums[answer] = sums.get(answer, 0) + weight
+        yield f'{how}: {max(sorted(sums), key=sums.get, default="none")}'
+    best = next((i for i in order if said[i][1]), order[0])  # a path without an answer is no choice
+    yield f'chosen: path {best}, score {scores[best]:.3f}, answer {said[best][1] or "none"}\n{printable(said[best][0]).strip()}'
 
 
 def padded_paths(rows, ids=None, multiple=1):

@@ -36,7 +36,8 @@ from model import PEAK_FLOPS, load_optimizer_state, norms_by_part, optimizer_sta
 from model import NO_WANDB, agree, ahead, cannot_write, cpu_group, everyone, find_device, first_readable, generator_states, git_commit, on_cpu, open_log
 from model import rotate, same_data, seed_generators, set_generator_states, start_wandb, steps_on_disk, write_together, write_whole
 from trm import IGNORE, METRICS, SHAPE, AdamATan2, all_config, all_votes, arc_result, arc_vote, average_of, begin_with, deal_carries, drawn, examples_of_epoch
-from trm import least_steps, load_trm, new_trm, of_all_ranks, open_puzzles, puzzle_tensors, read_arc, run_folder, sign_sgd, slots_of, trm_checkpoint
+from trm import least_steps, load_trm, new_trm, of_all_ranks, open_puzzles, puzzle_tensors, read_arc, report_lines, run_folder, sign_sgd, slots_of
+from trm import trm_checkpoint
 
 # ---- settings ------------------------------------------------------------------------------------------------------
 # i/o
@@ -492,11 +493,8 @@ def evaluate(limit=0):
     return report
 
 def say(step, report):
-    by_step = report['exact_accuracy_by_step']
-    log(f'step {step}/{max_steps} | val loss {report["val_loss"]:.4f} | exact {report["exact_accuracy"]:.4f} at the halt, '
-        f'{by_step[-1]:.4f} after {len(by_step)} steps | cells {report["cell_accuracy"]:.4f} | halts after {report["halting_steps"]:.2f} steps | '
-        f'{report["examples"]:,} examples')
-    log(f'step {step}/{max_steps} | exact by step ' + ' '.join(f'{share:.4f}' for share in by_step))
+    for line in report_lines(report):
+        log(f'step {step}/{max_steps} | {line}')
     if arc:
         log(f'step {step}/{max_steps} | ARC ' + ' | '.join(f'{name} {share:.4f}' for name, share in report.items() if name.startswith('pass@')))
 

@@ -176,8 +176,7 @@ peak_lr, floor_lr, warmup, clip = max_lr, min_lr if min_lr >= 0 else max_lr / 10
 schedule, cycles = lr_scheduler if decay_lr else 'constant', lr_restarts + 1
 shape = ('block_size', 'n_layer', 'n_head', 'n_embd', 'activation')  # settings that a resumed model cannot change
 data_parallel = not model_parallel  # False: the script sums the gradients itself, without DistributedDataParallel
-rank_state = dict      # returns what each rank alone knows beside its generators: nothing here
-own_progress = {}     # plain values that this script alone remembers from step to step: nothing here
+rank_state, own_progress = dict, {}  # what each rank alone knows beside its generators, and what this script alone remembers: nothing
 if max(dropout, beta1, beta2) >= 1:
     fail('dropout, beta1 and beta2 must be less than 1')
 if any(type(s) is not int for s in permanent):

@@ -38,7 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from configurator import configure, fail, master, nearby, print0
-from model import PEAK_FLOPS, PRM_FILES, Qwen3Config, QwenLatentPRM, bucketed, compared, find_model, judged, open_paths, padded_paths, printable, read_prm
+from model import PEAK_FLOPS, PRM_FILES, Qwen3Config, QwenLatentPRM, bucketed, choice_lines, compared, find_model, judged, open_paths, padded_paths, read_prm
 from model import NO_WANDB, agree, ahead, cannot_write, cpu_group, everyone, find_device, first_readable, generator_states, git_commit, on_cpu, open_log
 from model import load_optimizer_state, make_optimizers, newest, optimizer_state, prm_checkpoints, prm_step, read_whole, rotate, same_data, set_aside
 from model import seed_generators, set_generator_states, sha256, start_wandb, steps_on_disk, table_lines, total_norm, without_nan, write_together, write_whole
@@ -540,32 +540,16 @@ if ask:
         fail('--ask is for one process, without torchrun')
     signal.signal(signal.SIGTERM, signal.SIG_DFL), signal.signal(signal.SIGINT, signal.SIG_DFL)
     from prepare import latent_prm as collect
-    collected = sorted(glob.glob(os.path.join(glob.escape(data_dir), '*_metadata.json')))
-    if not collected:
-        print0(f'WARNING: {data_dir} holds no *_metadata.json: the paths are thought with the default settings of prepare/latent_prm.py')
-    try:
-        known = read_whole(collected[0]) if collected else {}
-        collect.adopt(known)  # as those paths that the scores were learned from
-    except (OSError, ValueError, AttributeError) as error:
-        fail(f'{collected[0]}: {error}')
     collect.num_paths, collect.num_rollouts, collect.model_path, collect.device, collect.seed = num_paths, 1, model_folder, device, seed
     try:
+        collect.adopt(data_dir)  # as those paths that the scores were learned from
         prompt, thoughts = collect.think_about(ask)
     except ValueError as error:
         fail(f'--ask: {error}')
     latents = [path['latents'].flatten(0, 1)[-max_seq_length:] for path in thoughts]  # as in training; -0 = all
     inputs = padded_paths(latents, [torch.tensor(prompt)] * num_paths if question_context else None)
     scores, by_step = raw_model.predict_scores(*inputs).tolist(), raw_model.step_scores(*inputs).tolist()
-    said = [path['answers'][0][:2] for path in thoughts]  # text, answer
-    order = sorted(range(num_paths), key=lambda i: -scores[i])
-    for i in order:
-        steps = ' '.join(f'{score:.3f}' for score in by_step[i])
-        print0(f'path {i:3} | score {scores[i]:.3f} | after each thought {steps} | answer {said[i][1] or "none"}')
-    answers = sorted({answer for _, answer in said if answer})
-    for how, weights in (('majority vote', [1] * num_paths), ('vote weighted by the scores', scores)):
-        print0(f'{how}: {max(answers, key=lambda a, weights=weights: sum(w for w, (_, b) in zip(weights, said, strict=True) if a == b), default="none")}')
-    best = next((i for i in order if said[i][1]), order[0])  # a path without an answer is no choice
-    print0(f'chosen: path {best}, score {scores[best]:.3f}, answer {said[best][1] or "none"}\n{printable(said[best][0]).strip()}')
+    print0('\n'.join(choice_lines(scores, by_step, [path['answers'][0][:2] for path in thoughts])))
     leave(0)
 
 if eval_only:

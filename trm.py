@@ -514,7 +514,7 @@ def of_all_ranks(tensors):
 
 def run_folder(config, project_dir, look):
     """log_dir, else {project_dir}/{run_name}. A run that nobody named is the newest where one is to be read (look), else a new one."""
-    if any(re.search(r'^\.*$|[/\0]', name) for name in (config['run_name'] or 'x', config['project_name'] or 'x')):
+    if any(re.search(r'^\.*$|[/\0]', name) for name in (config['run_name'] or 'x', config['project_name'] or os.path.basename(project_dir))):
         fail(f'--run_name={config["run_name"]} and --project_name={config["project_name"]} are names of folders, without /')
     if config['log_dir'] and ('log_dir' in config.typed_here or not {'run_name', 'project_name'} & config.typed_here):
         return config['log_dir']
@@ -693,6 +693,14 @@ def fit_trm(weights, config):
 
 # ---- what a person sees
 ARC_COLOURS = (16, 27, 160, 34, 220, 245, 199, 208, 117, 88)  # of a terminal with 256
+
+
+def report_lines(report, unit='step'):
+    """Lines of what an evaluation found, by supervision step or by turn."""
+    by_step = report['exact_accuracy_by_step']
+    yield (f'val loss {report["val_loss"]:.4f} | exact {report["exact_accuracy"]:.4f} at the halt, {by_step[-1]:.4f} after {len(by_step)} {unit}s | '
+           f'cells {report["cell_accuracy"]:.4f} | halts after {report["halting_steps"]:.2f} steps | {report["examples"]:,} examples')
+    yield f'exact by {unit} ' + ' '.join(f'{share:.4f}' for share in by_step)
 
 
 def drawn(inputs, cells, labels, vocab_size):

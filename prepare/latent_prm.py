@@ -33,7 +33,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configurator import configure, fail, print0
-from model import Qwen3, QwenTokenizer, answer_of, canonical, remove, write_whole
+from model import Qwen3, QwenTokenizer, answer_of, canonical, read_whole, remove, write_whole
 from prepare.fineweb import checked, download_bytes, one_line_errors, parsed, read_json, write_json
 
 # -----------------------------------------------------------------------------
@@ -271,15 +271,24 @@ def open_model():
     return model.to(chosen, getattr(torch, dtype or ('float32' if kind == 'cpu' else 'bfloat16'))), tokenizer
 
 
-def adopt(known):
-    """Take over how the paths of a folder were thought from its metadata; ValueError if a value is none that main could have written."""
+def adopt(folder):
+    """Take over how the paths in this folder were thought; ValueError if its metadata cannot be read, or has a value that main cannot have written."""
+    found = sorted(Path(folder).glob('*_metadata.json'))
+    if not found:
+        print0(f'WARNING: {folder} holds no *_metadata.json: the paths are thought with the default settings of prepare/latent_prm.py')
+    try:
+        known = read_whole(str(found[0])) if found else {}
+    except (OSError, ValueError) as error:
+        raise ValueError(f'{found[0]}: {error}') from error
+    if not isinstance(known, dict):
+        raise ValueError(f'{found[0]}: it is no dict of settings')
     for name in ('task', 'latent_steps', 'agents', 'num_parent_paths', 'diversity_strategy', 'noise_scale', 'latent_space_realign', 'temperature', 'top_p',
                  'max_new_tokens', 'thinking', 'instruction'):
         usual = globals()[name]
         value = known.get(name, usual)
         like = type(value) is type(usual) or type(usual) is float and type(value) is int
         if not like or type(usual) in (int, float) and not (0 if type(usual) is float else 1) <= value < math.inf:
-            raise ValueError(f'{name} is {value!r:.60}')
+            raise ValueError(f'{found[0]}: {name} is {value!r:.60}')
         globals()[name] = value
 
 

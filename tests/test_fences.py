@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [name for name in ('train_gpt2.py', 'finetune_dolly.py', 'pretrain_trm.py', 'finetune_addition.py', 'train_latent_prm.py') if (ROOT / name).exists()]
 BANNERS = ['settings', 'command line', 'run folder', 'stored run (=)', 'derived', 'distributed (=)', 'precision and seed (=)', 'data', 'model', 'optimizer',
            'checkpoint (=)', 'resume (=)', 'compile and wrap (=)', 'learning rate (=)', 'evaluation', 'training loop', 'finish']
-LONGEST = 760  # lines, a quarter of them fenced; what a person reads in one sitting
+LONGEST = 720  # lines, a quarter of them fenced; what a person reads in one sitting
 
 
 def sections(source):
