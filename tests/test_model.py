@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from harness import make_text_data, write_shard
 
-from model import GELU, GPT, GPT_SIZES, GPTConfig, HeadLoss, load_tokenizer, newest, open_shards, read_whole, shard_rows
+from model import GELU, GPT, GPT_SIZES, GPTConfig, HeadLoss, ahead, load_tokenizer, newest, open_shards, read_whole, shard_rows
 
 SMALL = GPTConfig(block_size=32, vocab_size=96, n_layer=3, n_head=4, n_embd=32)
 
@@ -404,3 +404,20 @@ def test_every_bit_of_the_tensor_data_counts(tmp_path):
         assert torch.load(path, weights_only=True) is not None  # PyTorch itself does not notice
         with pytest.raises(ValueError, match='damaged'):
             read_whole(str(path))
+
+
+@pytest.mark.parametrize('count', [0, 1, 4, 10])
+def test_batches_come_in_order_and_so_many_ahead(count):
+    begun, turns = [], [(step, micro_step) for step in range(3) for micro_step in range(2)]
+
+    def batch(step, micro_step):
+        begun.append((step, micro_step))
+        if step == 3:
+            raise ValueError('a bad row')
+        return 10 * step + micro_step
+    batches = ahead(batch, turns, count)
+    found = [next(batches)]
+    assert len(begun) <= count + 1
+    assert found + list(batches) == [0, 1, 10, 11, 20, 21] and begun == turns
+    with pytest.raises(ValueError, match='a bad row'):
+        list(ahead(batch, [(2, 0), (3, 0)], count))
