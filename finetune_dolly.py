@@ -174,7 +174,7 @@ elif checkpoint:
 config.assign('log_dir', run_dir)
 # The chain goes on: a checkpoint of finetuning (see above), else the pretrained one, else random weights.
 sources, folder = [pretrained_checkpoint], os.path.dirname(pretrained_checkpoint)
-if 'pretrained_checkpoint' not in config.given and not os.path.exists(pretrained_checkpoint):
+if not checkpoint and 'pretrained_checkpoint' not in config.given and not os.path.exists(pretrained_checkpoint):
     numbers = [re.fullmatch(r'model_(\d{1,18})\.pt', name) for name in (os.listdir(folder) if os.path.isdir(folder) else [])]
     sources = [os.path.join(folder, match[0]) for match in sorted(filter(None, numbers), key=lambda match: -int(match[1]))] or sources
 checkpoint, checkpoint_file = begin_gpt('pretrained_checkpoint', sources, config, checkpoint, checkpoint_file, strict=False)

@@ -1069,8 +1069,8 @@ def first_readable(paths, read, path_of, strict=False, weights_too=False):
 
 
 def rotate(path_of, read, keep, permanent, damaged):
-    """Delete the checkpoints that are no longer wanted, once what replaces them is on the disk: of those without a name in `permanent` the `keep` newest
-    stay (0 = all), never fewer than two good ones. Damaged files neither count nor go."""
+    """Delete the checkpoints that are no longer wanted, once what replaces them is on the disk: the `keep` newest stay (0 = all; 1 only if the newest
+    reads whole, else 2), and those in `permanent`. Damaged files neither count nor go."""
     for suffix in ('.tmp', '.gone'):  # of a save that was killed, of a folder's deletion that was
         for s in [*steps_on_disk(path_of, suffix), 'best']:
             remove(path_of(s) + suffix)

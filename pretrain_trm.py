@@ -184,6 +184,7 @@ schedule, cycles = lr_scheduler if decay_lr else 'constant', lr_restarts + 1
 wandb_project = project_name or os.path.basename(project_dir)
 shape = (*SHAPE, 'global_batch_size')  # settings that a resumed model cannot change
 data_parallel = True  # False: the script sums the gradients itself, without DistributedDataParallel
+
 def rank_state():  # what each rank alone knows beside its generators
     return dict(carry=carries)
 
@@ -623,7 +624,7 @@ for step in range(start_step, max_steps + 1):
             f'halts after {turns:.2f} | lr {peak_lr * scale:.2e} | norm {step_norm:.2f} | dt {1000 * dt:.0f}ms | '
             f'samples/s {global_batch_size / dt:,.0f} | mfu {mfu} | eta {minutes // 60}h{minutes % 60:02d}m{norms}')
         wandb_run.log({'train/loss': mean_loss, 'train/exact_accuracy': exact, 'train/accuracy': cells, 'train/steps': turns, 'lr': peak_lr * scale,
-                           'norm': step_norm, 'samples/s': global_batch_size / dt}, step=step + 1)
+                       'norm': step_norm, 'samples/s': global_batch_size / dt}, step=step + 1)
         seconds, timed_steps = 0.0, 0
         progress.update(loss_sum=0.0, loss_count=0, sums=[0.0] * len(METRICS))
 

@@ -177,8 +177,8 @@ peak_lr, floor_lr, clip = learning_rate, min_lr, max_grad_norm
 schedule, cycles, objective = lr_scheduler, lr_restarts + 1, loss
 shape = ('pooling_strategy', 'question_context', 'batch_size', 'gradient_accumulation_steps', 'val_size')  # settings that a resumed run cannot change
 data_parallel = True  # False: the script sums the gradients itself, without DistributedDataParallel
+rank_state = dict  # returns what each rank alone knows beside its generators: nothing here
 # best_score: of best/, the smaller the better. Then what training_stats.json lists, the losses since the epoch began, the last validation.
-rank_state = dict      # returns what each rank alone knows beside its generators: nothing here
 own_progress = dict(best_score=math.inf, best_loss=math.inf, step_numbers=[], step_losses=[], epoch_losses=[], val_step_numbers=[], val_losses=[],
                     epoch_sum=0.0, epoch_count=0, report={}, table={})
 mixed = mixed_precision and (device or 'cuda').startswith('cuda') and torch.cuda.is_available()
