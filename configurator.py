@@ -59,6 +59,11 @@ def fail(message, code=2):
     sys.exit(code)
 
 
+def fail_if(wrong, message, code=2):
+    if wrong:
+        fail(message, code)
+
+
 def nearby(path):
     """For a message that `path` is missing: what exists, the same name at any number, in its folder or one beside it, else in
     its folder under another parent."""

@@ -25,7 +25,6 @@ import sys
 import time
 from contextlib import nullcontext
 from functools import lru_cache
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -33,12 +32,13 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from configurator import configure, fail, master, nearby, print0
-from model import PEAK_FLOPS, load_optimizer_state, norms_by_part, optimizer_state, total_norm
-from model import NO_WANDB, agree, ahead, cannot_write, cpu_group, everyone, find_device, first_readable, generator_states, git_commit, on_cpu, open_log
-from model import rotate, same_data, seed_generators, set_generator_states, start_wandb, steps_on_disk, write_together, write_whole
-from trm import IGNORE, METRICS, SHAPE, AdamATan2, addition_tokens, all_config, average_of, begin_with, deal_carries, examples_of_epoch, least_steps
-from trm import load_trm, new_trm, of_all_ranks, open_sums, puzzle_tensors, report_lines, run_folder, sign_sgd, slots_of, trm_checkpoint
+from configurator import configure, fail, fail_if, master, nearby, print0
+from model import PEAK_FLOPS, git_commit, load_optimizer_state, norms_by_part, optimizer_state, total_norm
+from model import NO_WANDB, agree, ahead, append, cannot_write, cpu_group, differ, everyone, find_device, first_readable, generator_states, on_cpu
+from model import open_log, rotate, same_data, seed_generators, set_generator_states, start_wandb, steps_on_disk, watch_signals, write_together, write_whole
+from trm import IGNORE, METRICS, SHAPE, AdamATan2, all_config, average_of, begin_with, check_progress, deal_carries, examples_of_epoch, gradients_by_name
+from trm import least_steps, load_trm, move_average, new_trm, of_all_ranks, open_both, puzzle_tensors, room_for, run_folder, sign_sgd, slots_of, sums_found
+from trm import sums_lines, thinking_aloud, trm_checkpoint
 
 # ---- settings ------------------------------------------------------------------------------------------------------
 # i/o
@@ -141,21 +141,17 @@ def checkpoint_of(path):  # one dict, whatever the files; ValueError if it is da
     return trm_checkpoint(path, 'data_paths')  # pretrain_trm.py's are weights here
 
 if 'base_checkpoint' in config.typed_here and base_checkpoint:
-    if checkpoint_path:
-        fail('--base_checkpoint and --checkpoint_path name two beginnings: give one')
+    fail_if(checkpoint_path, '--base_checkpoint and --checkpoint_path name two beginnings: give one')
     if read_only:  # in a run's config.py it says where that run began
         config.assign('checkpoint_path', base_checkpoint)
-if eval_only and ask:
-    fail('--eval_only and --ask: one at a time')
-sums_asked = [re.fullmatch(r'\s*(\d+)\s*\+\s*(\d+)\s*', text, re.ASCII) for text in ask.split(',')] if ask else []
-if None in sums_asked:
-    fail(f'--ask={ask!r}: expected a sum like 957+86, or several with commas between them')
+fail_if(eval_only and ask, '--eval_only and --ask: one at a time')
+sums_asked = [re.fullmatch(r'\s*0*(\d+)\s*\+\s*0*(\d+)\s*', text, re.ASCII) for text in ask.split(',')] if ask else []
+fail_if(None in sums_asked, f'--ask={ask!r}: expected a sum like 957+86, or several with commas between them')
 
 # ---- stored run (=) ------------------------------------------------------------------------------------------------
 # Which checkpoint this launch reads, if any. What was typed when that run began counts as typed again, unless anew.
 reading = resume or auto_resume or read_only
-if checkpoint_path and not reading:
-    fail(f'--checkpoint_path={checkpoint_path} does nothing by itself: add --resume to continue from it')
+fail_if(checkpoint_path and not reading, f'--checkpoint_path={checkpoint_path} does nothing by itself: add --resume to continue from it')
 found = [checkpoint_path] if checkpoint_path else newest_first() if reading else []
 checkpoint, checkpoint_file, damaged = first_readable(found, checkpoint_of, checkpoint_path_of, strict=checkpoint_path != '' and not lenient,
                                                       weights_too=checkpoint_path != '' or read_only)
@@ -196,15 +192,12 @@ def rank_state():  # what each rank alone knows beside its generators
     return dict(carry=carries)
 
 own_progress = dict(sums=[0.0] * len(METRICS), best_exact=-1.0)  # of the slots since the last log line; of step_best
-if max(beta1, beta2, ema_rate, halt_threshold) >= 1 or min(lr, halt_threshold) <= 0:
-    fail('beta1, beta2, ema_rate and halt_threshold must be less than 1, lr and halt_threshold more than 0')
+fail_if(max(beta1, beta2, ema_rate, halt_threshold) >= 1, 'beta1, beta2, ema_rate and halt_threshold must be less than 1')
+fail_if(min(lr, halt_threshold) <= 0, 'lr and halt_threshold must be more than 0')
 sure = math.log(halt_threshold / (1 - halt_threshold))  # of q_halt, a logit
-if any(type(s) is not int for s in permanent):
-    fail(f'permanent_checkpoints {permanent} must be whole numbers')
-if sum_loss_weight <= 0:
-    fail(f'--sum_loss_weight={sum_loss_weight}: without the sum there is nothing to learn')
-if epochs and {'epochs', 'total_steps'} <= config.typed_here:
-    fail('--epochs and --total_steps are two lengths: give one')
+fail_if(any(type(s) is not int for s in permanent), f'permanent_checkpoints {permanent} must be whole numbers')
+fail_if(sum_loss_weight <= 0, f'--sum_loss_weight={sum_loss_weight}: without the sum there is nothing to learn')
+fail_if(epochs and {'epochs', 'total_steps'} <= config.typed_here, '--epochs and --total_steps are two lengths: give one')
 if 'total_steps' in config.typed_here or 'total_steps' in typed_now and 'epochs' not in typed_now:
     config.assign('epochs', 0)  # a stored one
 if freeze_heads and not (freeze_weights and vector_size and puzzle_emb_lr):
@@ -230,15 +223,7 @@ if deterministic:
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     torch.use_deterministic_algorithms(True)
 torch.manual_seed(seed)  # the same first weights on every rank; each rank's own generators are seeded or restored after them
-stop_signal, trouble = 0, ''  # what poll() acts upon
-
-def on_signal(number, frame):
-    global stop_signal
-    stop_signal = number
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process at once; SIGTERM may come from several sides
-
-for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, on_signal)
+stop = watch_signals()  # SIGTERM and Ctrl-C leave their number in it, a full disk its message: poll() acts upon them
 
 # ---- data ----------------------------------------------------------------------------------------------------------
 # A slot is a place in the global batch; it keeps its problem until it halts, then takes the next that is offered to it. Each step offers every
@@ -246,31 +231,13 @@ for number in (signal.SIGTERM, signal.SIGINT):
 # k offers the k-th slice of global_batch_size: the order depends on seed and step alone, not on the number of ranks.
 run_dir = everyone(run_dir)[0]  # a name that the clock gave is rank 0's
 config.assign('log_dir', run_dir)
-
 train_data = test_data = None
 try:
     if ask:
-        if not 0 < columns <= 1000:
-            raise ValueError(f'--columns={columns}: expected 1,000 at most' if columns else f'{checkpoint_file} does not tell how many columns its sums have: '
-                             '--columns does, if it is a model of sums')
-        data = SimpleNamespace(seq_len=4 * columns, vocab_size=12, num_puzzle_identifiers=1)
-        longest = max(len(str(int(a) + int(b))) for a, b in (match.groups() for match in sums_asked))
-        if longest > columns:
-            raise ValueError(f'--ask: a sum of {longest} digits does not fit into {columns} columns')
+        data = room_for(sums_asked, columns, checkpoint_file)
     else:
-        train_data = None if read_only else open_sums(data_path, 'train')
-        test_data = open_sums(data_path, 'test') if read_only or os.path.isdir(os.path.join(data_path, 'test')) else None
+        train_data, test_data = open_both(data_path, config, read_only)
         data = train_data or test_data
-        if test_data and (test_data.seq_len != data.seq_len or test_data.num_puzzle_identifiers != data.num_puzzle_identifiers or not test_data.whole):
-            raise ValueError(f'{data_path}: train and test differ in columns or identifiers, or the test is not of whole sums')
-        found = dict(columns=data.seq_len // 4, **dict(trace=not train_data.whole) if train_data else {})
-        for name, value in found.items():
-            if name in config.typed_here and name in config.given and config[name] != value:
-                raise ValueError(f'--{name}={config[name]} does not fit {data_path}: {value}')
-            config.assign(name, value)
-            config.given.add(name)  # so that it is stored
-        if train_data and trace and carry_loss_weight <= 0:
-            raise ValueError('--carry_loss_weight=0: a model of single digits reads its own carries, it has to learn them')
 except (ValueError, OverflowError, MemoryError) as error:
     fail(f'{error}' if ask else f'{error}; to make data: `python prepare/addition.py --output_dir={data_path}`')
 accumulation, B = slots_of(global_batch_size, grad_accumulation_steps, world_size)  # micro-steps per step, slots of one of them on a rank
@@ -303,8 +270,7 @@ def batch(step, micro_step):
 
 def on_device(tensors):
     tensors = {name: t.to(device, non_blocking=True) for name, t in tensors.items()}
-    labels = tensors['labels'].to(torch.int32)
-    return dict(tensors, labels=labels.masked_fill(labels == 0, IGNORE))
+    return dict(tensors, labels=tensors['labels'].to(torch.int32).masked_fill(tensors['labels'] == 0, IGNORE))
 
 # ---- model ---------------------------------------------------------------------------------------------------------
 raw_model = new_trm(data, config, vector_size, device)
@@ -335,10 +301,7 @@ def load_training(checkpoint):
     """Everything else that state_files stored; ValueError if it does not belong to this data."""
     global carries
     load_optimizer_state(raw_model, optimizers, checkpoint['optimizer'])  # the present decay and betas stay
-    if len(checkpoint['sums']) != len(METRICS):
-        raise ValueError(f'it sums up {len(checkpoint["sums"])} measures')
-    if checkpoint['config'].get('halt_threshold', 0.5) != halt_threshold:
-        checkpoint.update(best_exact=-1.0, best_val_loss=math.inf)  # accuracies of another kind cannot be compared
+    check_progress(checkpoint, halt_threshold)
     same_data(checkpoint['train_loader_state'], loader_state(0), ('data',), data_path)
     carries = deal_carries(checkpoint['ranks'], carries, rank, world_size, data)
 
@@ -350,15 +313,9 @@ progress = dict(val_loss=math.inf, best_val_loss=math.inf, best_step=-1, loss_su
 
 def log(line, prefix='', show=True):
     """Append a line to log.txt and print it (rank 0)."""
-    global stop_signal, trouble
     if show:
         print0(line)
-    data = (prefix + line + '\n').encode()
-    try:
-        while data and log_descriptor >= 0:
-            data = data[os.write(log_descriptor, data):]
-    except OSError as error:
-        stop_signal, trouble = 1000, cannot_write(log_path, error)  # all ranks end in poll()
+    append(log_path, log_descriptor, prefix + line + '\n', stop)
 
 def take_snapshot(before=None):
     """At the start of a step; again, given the first one, when its evaluation is done: the generators are those of the start."""
@@ -393,13 +350,12 @@ def leave(code):
 def poll():
     """Has any rank been told to stop? Then write the last whole step and leave. Called by all ranks, between micro-steps
     and evaluation batches: what this step has drawn or summed up so far is forgotten and done again after the resume."""
-    told = stop_signal
+    told = stop.number
     if ddp:
         flag = torch.tensor(told)
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=cpu_group())
         told = int(flag)
-    if told == 1000:
-        fail(trouble, 1)
+    fail_if(told == 1000, stop.trouble, 1)
     if told > 0:
         print0(f'stopped by {signal.Signals(told).name}')
         if not read_only and not (resumed and snapshot['step'] == start_step and os.path.exists(checkpoint_path_of(start_step))):
@@ -426,10 +382,8 @@ if reseeded:
 new_ranks = [r for r, new in enumerate(everyone(reseeded)) if new]
 if resumed and new_ranks:
     print0(f'ranks {new_ranks} are new, or on another kind of device: their generators are seeded from (seed, rank, step)')
-if start_step > max_steps:
-    fail(f'{checkpoint_file} is at step {start_step}, beyond max_steps {max_steps}')
-if len(set(everyone(start_step))) > 1:
-    fail(f'the ranks found different checkpoints in {run_dir}: it must lie where all nodes see it')
+fail_if(start_step > max_steps, f'{checkpoint_file} is at step {start_step}, beyond max_steps {max_steps}')
+fail_if(differ(start_step), f'the ranks found different checkpoints in {run_dir}: it must lie where all nodes see it')
 if master and not read_only:
     try:
         log_descriptor = open_log(log_path, checkpoint_path_of, checkpoint_of, checkpoint if resumed else None, checkpoint_file, checkpoint_path != '')
@@ -463,9 +417,8 @@ def get_lr(step):
 if compile and judge is not raw_model:
     judge.compile()
 
-cap = max_eval_batches * global_batch_size  # examples; 0 = all
-if 'eval_examples' in config.typed_here or 'max_eval_batches' not in config.typed_here:
-    cap = eval_examples or cap
+typed = {'eval_examples', 'max_eval_batches'} & config.typed_here
+cap = typed != {'max_eval_batches'} and eval_examples or max_eval_batches * global_batch_size  # examples; 0 = all
 
 def at_work(rows):
     """Let the model answer these questions. Yields (turn, step, outputs, cells (B, S) that it would answer now, which halt here (B,)) after each supervision
@@ -482,10 +435,6 @@ def at_work(rows):
             yield turn, s, outputs, cells, halts
             answer, going = torch.where(halts.unsqueeze(1), cells, answer), going & ~halts
 
-def text_of(row):
-    """The number in a row of tokens, ? for what is no digit; for a person."""
-    return ''.join(' 0123456789'[t - 1] if 1 <= t <= 11 else '?' for t in row).strip().replace(' ', '?')
-
 @torch.no_grad()
 def evaluate(limit=0):
     """Accuracy on the test problems, or so many of them evenly spread, split over the ranks: after every supervision step (every turn, of a model of --trace),
@@ -498,7 +447,8 @@ def evaluate(limit=0):
     for begin in range(rank * B, len(chosen) + rank * B, B * world_size):  # as many on every rank
         poll()
         numbers = np.arange(begin, begin + B)  # always a full batch, one shape for torch.compile: what is too much counts nothing
-        real = torch.from_numpy(numbers < len(chosen)).to(device)
+        here = numbers < len(chosen)
+        real = torch.from_numpy(here).to(device)
         rows = on_device(puzzle_tensors(test_data, chosen[np.minimum(numbers, len(chosen) - 1)]))
         scores, answer = torch.zeros(B, 4, dtype=exactly, device=device), rows['inputs']
         for turn, s, outputs, cells, halts in at_work(rows):
@@ -508,57 +458,24 @@ def evaluate(limit=0):
             scores, answer = torch.where(halts.unsqueeze(1), now, scores), torch.where(halts.unsqueeze(1), cells, answer)
             steps = steps + (s + 1) * (halts & real).sum()
         sums[-1] += (scores * real.unsqueeze(1)).sum(0)
-        n = max(0, min(B, len(chosen) - begin))
-        answers.append((chosen[numbers[:n]], scores[:n, 3].cpu().numpy(), answer[:n, 3 * W:].cpu().numpy()))
+        answers.append((chosen[numbers[here]], scores.cpu().numpy()[here, 3], answer.cpu().numpy()[here, 3 * W:]))
     found = everyone((sums.cpu(), steps.item(), answers))
     sums, steps = sum(f[0] for f in found) / len(chosen), sum(f[1] for f in found) / len(chosen)
     numbers, right, rows = (np.concatenate(part) for part in zip(*(a for f in found for a in f[2]), strict=True))
-    a, b = test_data.a[numbers], test_data.b[numbers]
-    groups = dict(digits=np.maximum((a >= 0).sum(1), (b >= 0).sum(1)), carry=test_data.carry[numbers])
-    report = dict(val_loss=sums[-1, 0].item(), cell_accuracy=sums[-1, 1].item(), grid_accuracy=sums[-1, 2].item(), exact_accuracy=sums[-1, 3].item(),
-                  halting_steps=steps, exact_accuracy_by_step=sums[:-1, 3].tolist(), examples=len(chosen),
-                  **{f'by_{name}': {str(k): [int(right[of == k].sum()), int((of == k).sum())] for k in np.unique(of)} for name, of in groups.items()})
-    a, b = ([''.join(str(d) for d in row if d >= 0) for row in some] for some in (a, b))
-    report['answers'] = [dict(a=a[i], b=b[i], sum=str(int(a[i]) + int(b[i])), answer=text_of(rows[i]), right=bool(right[i]),
-                              **{name: int(of[i]) for name, of in groups.items()}) for i in np.argsort(numbers)]
-    return report
+    return dict(val_loss=sums[-1, 0].item(), cell_accuracy=sums[-1, 1].item(), grid_accuracy=sums[-1, 2].item(), exact_accuracy=sums[-1, 3].item(),
+                halting_steps=steps, exact_accuracy_by_step=sums[:-1, 3].tolist(), examples=len(chosen), **sums_found(test_data, numbers, right, rows))
 
 def say(step, report, whole=False):
-    for line in report_lines(report, 'turn' if trace else 'step'):
+    for line in sums_lines(report, 'turn' if trace else 'step', whole):
         log(f'step {step}/{max_steps} | {line}')
-    for name, what in (('digits', 'digits of the longer number'), ('carry', 'columns of the longest carry')) if whole else ():
-        log(f'step {step}/{max_steps} | exact by {what} ' + ' '.join(f'{k}: {right / n:.4f} ({n})' for k, (right, n) in report[f'by_{name}'].items()))
-    samples = [f'{r["a"]}+{r["b"]}={r["answer"]}' + ('' if r['right'] else f' ({r["sum"]})') for r in report['answers'][:3]]
-    log(f'step {step}/{max_steps} | sample ' + ', '.join(samples))
-
-def answer_aloud(a, b):
-    """The work of the model on a + b, a grid for every supervision step until it halts."""
-    digits = [np.array([[-1] * (columns - len(number)) + [int(d) for d in number]], np.int8) for number in (a, b)]
-    grid = torch.from_numpy(addition_tokens(*digits, np.zeros((1, columns), bool), np.full((1, columns), -1))).to(device)
-    rows = dict(inputs=grid, labels=torch.full_like(grid, IGNORE, dtype=torch.int32), puzzle_identifiers=torch.zeros(1, dtype=torch.int64, device=device))
-    before, halted, answer = grid, -1, ''
-    shown = 0
-    for turn, s, outputs, cells, halts in at_work(rows):
-        if turn == halted:
-            continue  # it has halted in this turn: what it would do further on
-        shown += 1
-        print0(f'{a} + {b}, ' + f'turn {turn + 1}, ' * trace + f'step {s + 1}: would halt with {outputs["q_halt_logits"].sigmoid().item():.4f}')
-        for row in cells[0].view(4, columns).tolist():
-            print0('    ' + ' '.join('.0123456789'[t - 1] if 1 <= t <= 11 else '?' for t in row))
-        if halts:
-            same, before, halted, answer = bool((cells == before)[0, 2 * columns:].all()), cells, turn, text_of(cells[0, 3 * columns:].tolist())
-            if same or not trace:
-                break
-    print0(f'{a} + {b} = {answer}' + (', right' if answer == str(int(a) + int(b)) else f', wrong: {int(a) + int(b)}') + f', after {shown} step(s)')
 
 if ask:
     with torch.no_grad():
         for match in sums_asked:
-            answer_aloud(*(number.lstrip('0') or '0' for number in match.groups()))
+            print0('\n'.join(thinking_aloud(*match.groups(), columns, trace, at_work, device)))
     leave(0)
 if read_only:
-    step = checkpoint.get('step', 0)
-    report = evaluate(cap if {'eval_examples', 'max_eval_batches'} & config.typed_here else 0)
+    step, report = checkpoint.get('step', 0), evaluate(cap if typed else 0)
     say(step, report, whole=True)
     folder = run_dir if run_dir_typed and 'base_checkpoint' in config.typed_here else os.path.dirname(os.path.normpath(checkpoint_file))
     errors = [answer for answer in report.pop('answers') if not answer.pop('right')]
@@ -577,8 +494,7 @@ for line in (
     f'{H_cycles} x ({L_cycles} + 1) applications in a supervision step, at most {halt_max_steps} such steps a puzzle',
     f'{global_batch_size} slots = {B} x {accumulation} micro-step(s) x {world_size} rank(s)',
     f'{train_data.examples:,} training examples' + ', a digit each,' * trace + f' of {groups:,} problems in {columns} columns; an epoch is {epoch_size:,} '
-    f'of them, {steps_per_epoch:.2f} steps: {max_steps:,} steps, '
-    f'evaluated every {eval_every} (-1: at the end)',
+    f'of them, {steps_per_epoch:.2f} steps: {max_steps:,} steps, evaluated every {eval_every} (-1: at the end)',
     f'{test_data.examples:,} test problems' if test_data else 'no test problems: nothing is evaluated',
     f'device {device} ({device_name}), dtype {dtype}, compile {compile}, torch {torch.__version__}, commit {git_commit()}',
     f'run {run_dir}: ' + (f'resumed from {checkpoint_file} at step {start_step}' if resumed else
@@ -586,7 +502,6 @@ for line in (
 ):
     log(line, prefix='# ')
 checkpoint = None  # its tensors have been copied
-flops_per_step = raw_model.flops_per_slot() * global_batch_size
 batches = ahead(batch, ((step, micro_step) for step in range(start_step, max_steps) for micro_step in range(accumulation)), num_workers)
 seconds, timed_steps = 0.0, 0
 for step in range(start_step, max_steps + 1):
@@ -597,9 +512,8 @@ for step in range(start_step, max_steps + 1):
     if evaluating and (step > start_step or not top_done):
         report = evaluate(0 if last else min(cap or 1000, 1000) if step == 0 else cap)  # of the untrained one a look is enough
         say(step, report, whole=last)
-        progress['val_loss'] = report['val_loss']
-        if not math.isfinite(progress['val_loss']):
-            fail(f'step {step}: validation loss {progress["val_loss"]}; stopped, no checkpoint holds it (try a lower lr)', 1)
+        val_loss = progress['val_loss'] = report['val_loss']
+        fail_if(not math.isfinite(val_loss), f'step {step}: validation loss {val_loss}; stopped, no checkpoint holds it (try a lower lr)', 1)
         wandb_run.log({f'val/{name}': value for name, value in report.items() if isinstance(value, float)}, step=step)
         if (report['exact_accuracy'], -report['val_loss']) > (progress['best_exact'], -progress['best_val_loss']):
             progress.update(best_val_loss=report['val_loss'], best_exact=report['exact_accuracy'], best_step=step)
@@ -641,27 +555,22 @@ for step in range(start_step, max_steps + 1):
         used = of_all_ranks([torch.cat(tensors) for tensors in zip(*used, strict=True)])
         gradients.append(used[1])
     reporting = (step + 1) % log_interval == 0 or step == 0 or step + 1 == max_steps
-    norms = ''
-    if log_gradients and reporting:  # before clipping
-        named = {name: p.grad for name, p in raw_model.named_parameters() if p.requires_grad}
-        norms = norms_by_part(dict(named, puzzle_emb=gradients[-1]) if vector_size else named)
+    norms = norms_by_part(gradients_by_name(raw_model, gradients)) if log_gradients and reporting else ''  # before clipping
     norm = total_norm(gradients)
     torch.nn.utils.clip_grads_with_norm_(parameters, clip if clip > 0 else math.inf, norm)
     found = torch.cat((torch.stack((loss_sum, norm / world_size)), sums.to(loss_sum)))  # one host read; NaN or infinity on any rank survives the sum
     if ddp:
         dist.all_reduce(found)
     step_loss, step_norm, *found = found.tolist()
-    if not math.isfinite(step_loss) or not math.isfinite(step_norm):
-        fail(f'step {step + 1}: loss {step_loss}, gradient norm {step_norm}; stopped before the update, no checkpoint holds it '
-             '(try a lower lr or more lr_warmup_steps)', 1)
+    fail_if(not math.isfinite(step_loss) or not math.isfinite(step_norm), f'step {step + 1}: loss {step_loss}, gradient norm {step_norm}; '
+            'stopped before the update, no checkpoint holds it (try a lower lr or more lr_warmup_steps)', 1)
     if vector_size and puzzle_emb_lr > 0:
         sign_sgd(raw_model.puzzle_emb.weights, *used, puzzle_emb_lr * scale, puzzle_emb_weight_decay)
     for o in optimizers:
         o.step()
         o.zero_grad(set_to_none=True)
     if ema:
-        with torch.no_grad():
-            torch._foreach_lerp_(list(judge.parameters()), list(raw_model.parameters()), 1 - ema_rate)
+        move_average(judge, raw_model, ema_rate)
     carries = after
 
     # -- reporting only
@@ -673,7 +582,7 @@ for step in range(start_step, max_steps + 1):
         dt, mean_loss = seconds / timed_steps, progress['loss_sum'] / progress['loss_count']
         halted = dict(zip(METRICS, progress['sums'], strict=True))
         cells, exact, turns = (halted[name] / max(1, halted['count']) for name in ('accuracy', 'exact_accuracy', 'steps'))
-        mfu = f'{100 * flops_per_step / dt / world_size / peak_flops:.1f}%' if peak_flops else '-'
+        mfu = f'{100 * raw_model.flops_per_slot() * global_batch_size / dt / world_size / peak_flops:.1f}%' if peak_flops else '-'
         minutes = int(dt * (max_steps - step - 1) / 60)
         log(f'step {step + 1}/{max_steps} ({100 * (step + 1) / max_steps:.2f}%) | loss {mean_loss:.6f} | exact {exact:.4f} | cells {cells:.4f} | '
             f'halts after {turns:.2f} | lr {peak_lr * scale:.2e} | norm {step_norm:.2f} | dt {1000 * dt:.0f}ms | '

@@ -22,7 +22,6 @@ Talk to it:
 """
 import math
 import os
-import re
 import signal
 import sys
 import time
@@ -35,12 +34,13 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from configurator import configure, fail, master, nearby, print0
-from model import GPT, GPT_SIZES, PEAK_FLOPS, GPTConfig, encoding_for_all, open_shards, printable, shard_rows, tokenizer_of
-from model import begin_gpt, converse, export_files, fit_weights, load_optimizer_state, make_optimizers, optimizer_state, path_of_gpt, read_gpt
-from model import NO_WANDB, agree, ahead, cannot_write, cpu_group, everyone, find_device, first_readable, generator_states, git_commit, on_cpu, open_log
-from model import bucketed, distinct_2, instruction_prompt, norms_by_part, open_rows, padded_length, padded_rows, rouge_l, total_norm
-from model import rotate, same_data, seed_generators, set_generator_states, start_wandb, steps_on_disk, write_together, write_whole
+from configurator import configure, fail, fail_if, master, nearby, print0
+from model import GPT, GPT_SIZES, PEAK_FLOPS, GPTConfig, before_after, begin_gpt, both_answers, bucketed, check_table, converse, encoding_for_all, export_files
+from model import fit_weights, forgetting_shards, git_commit, instruction_prompt, judged_answers, load_optimizer_state, make_optimizers, norms_by_part
+from model import open_rows, optimizer_state, overfitting, padded_length, padded_rows, path_of_gpt, printable, read_gpt, shard_rows, shared_out, tokenizer_of
+from model import total_norm
+from model import NO_WANDB, agree, ahead, append, cannot_write, cpu_group, differ, everyone, find_device, first_readable, generator_states, on_cpu
+from model import open_log, rotate, same_data, seed_generators, set_generator_states, start_wandb, steps_on_disk, watch_signals, write_together, write_whole
 
 # ---- settings ------------------------------------------------------------------------------------------------------
 # i/o
@@ -134,25 +134,19 @@ def checkpoint_of(path):  # one dict, whatever the files; ValueError if it is da
     ours = isinstance(found.get('train_loader_state'), dict) and 'micro_batch' in found['train_loader_state']
     return found if ours or 'step' not in found else read_gpt(path)
 
-if eval_only + (generate != '') + chat + (export != '') > 1:
-    fail('--eval_only, --generate, --chat and --export are launches of their own: give one')
-if 'num_epochs' in config.typed_here and 'max_steps' in config.typed_here and max_steps >= 0:
-    fail('--num_epochs and --max_steps are two lengths: give one')
-if context and not generate:
-    fail('--context belongs to --generate')
+fail_if(eval_only + (generate != '') + chat + (export != '') > 1, '--eval_only, --generate, --chat and --export are launches of their own: give one')
+fail_if('num_epochs' in config.typed_here and 'max_steps' in config.typed_here and max_steps >= 0, '--num_epochs and --max_steps are two lengths: give one')
+fail_if(context and not generate, '--context belongs to --generate')
 judged = 'pretrained_checkpoint' in config.typed_here and read_only  # a model before it is finetuned; in config.py it says where that run began
 if judged:
-    if checkpoint_path:
-        fail('--pretrained_checkpoint and --checkpoint_path name two models: give one')
+    fail_if(checkpoint_path, '--pretrained_checkpoint and --checkpoint_path name two models: give one')
     config.assign('checkpoint_path', path_of_gpt('pretrained_checkpoint', pretrained_checkpoint))
-if export and (os.path.isfile(export) or os.path.isdir(export) and os.listdir(export)):
-    fail(f'--export={export} is there already: name a new folder')
+fail_if(export and (os.path.isfile(export) or os.path.isdir(export) and os.listdir(export)), f'--export={export} is there already: name a new folder')
 
 # ---- stored run (=) ------------------------------------------------------------------------------------------------
 # Which checkpoint this launch reads, if any. What was typed when that run began counts as typed again, unless anew.
 reading = resume or auto_resume or read_only
-if checkpoint_path and not reading:
-    fail(f'--checkpoint_path={checkpoint_path} does nothing by itself: add --resume to continue from it')
+fail_if(checkpoint_path and not reading, f'--checkpoint_path={checkpoint_path} does nothing by itself: add --resume to continue from it')
 found = [checkpoint_path] if checkpoint_path else newest_first() if reading else []
 checkpoint, checkpoint_file, damaged = first_readable(found, checkpoint_of, checkpoint_path_of, strict=checkpoint_path != '' and not lenient,
                                                       weights_too=checkpoint_path != '' or read_only)
@@ -173,17 +167,9 @@ elif checkpoint:
 # ---- derived -------------------------------------------------------------------------------------------------------
 config.assign('log_dir', run_dir)
 # The chain goes on: a checkpoint of finetuning (see above), else the pretrained one, else random weights.
-sources, folder = [pretrained_checkpoint], os.path.dirname(pretrained_checkpoint)
-if not checkpoint and 'pretrained_checkpoint' not in config.given and not os.path.exists(pretrained_checkpoint):
-    numbers = [re.fullmatch(r'model_(\d{1,18})\.pt', name) for name in (os.listdir(folder) if os.path.isdir(folder) else [])]
-    sources = [os.path.join(folder, match[0]) for match in sorted(filter(None, numbers), key=lambda match: -int(match[1]))] or sources
-checkpoint, checkpoint_file = begin_gpt('pretrained_checkpoint', sources, config, checkpoint, checkpoint_file, strict=False)
+checkpoint, checkpoint_file = begin_gpt('pretrained_checkpoint', config, checkpoint, checkpoint_file, strict=False)
 if not checkpoint:
     print0('WARNING: RANDOM INITIALISATION: nothing was pretrained, so the answers will be no language (name a model with --pretrained_checkpoint)')
-if forgetting_root == 'auto':  # it must not outlive the moment in which it is known
-    root = checkpoint.get('data_root', '') if checkpoint else ''
-    config.assign('forgetting_root', root if os.path.isdir(root) else '')
-    config.given.add('forgetting_root')
 config.fill({name: value for name, value in GPT_SIZES[model].items()})
 save_every, keep, permanent = checkpoint_interval, keep_last_n_checkpoints, permanent_checkpoints
 peak_lr, floor_lr, warmup, clip = max_lr, min_lr if min_lr >= 0 else max_lr / 10, warmup_steps, grad_clip
@@ -193,12 +179,9 @@ data_parallel = True  # False: the script sums the gradients itself, without Dis
 rank_state = dict  # returns what each rank alone knows beside its generators: nothing here
 # The table's first column; the train loss since the last evaluation, and between the two before it (-1: none yet).
 own_progress = dict(before={}, answers_before={}, since_sum=0.0, since_count=0, train_loss_before=-1.0)
-if max(dropout, beta1, beta2) >= 1:
-    fail('dropout, beta1 and beta2 must be less than 1')
-if any(type(s) is not int for s in permanent):
-    fail(f'permanent_checkpoints {permanent} must be whole numbers')
-if n_embd % n_head:
-    fail(f'n_embd {n_embd} is not a multiple of n_head {n_head}')
+fail_if(max(dropout, beta1, beta2) >= 1, 'dropout, beta1 and beta2 must be less than 1')
+fail_if(any(type(s) is not int for s in permanent), f'permanent_checkpoints {permanent} must be whole numbers')
+fail_if(n_embd % n_head, f'n_embd {n_embd} is not a multiple of n_head {n_head}')
 
 # ---- distributed (=) -----------------------------------------------------------------------------------------------
 ddp = 'RANK' in os.environ  # set by torchrun
@@ -220,15 +203,7 @@ if deterministic:
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     torch.use_deterministic_algorithms(True)
 torch.manual_seed(seed)  # the same first weights on every rank; each rank's own generators are seeded or restored after them
-stop_signal, trouble = 0, ''  # what poll() acts upon
-
-def on_signal(number, frame):
-    global stop_signal
-    stop_signal = number
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process at once; SIGTERM may come from several sides
-
-for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, on_signal)
+stop = watch_signals()  # SIGTERM and Ctrl-C leave their number in it, a full disk its message: poll() acts upon them
 
 # ---- data ----------------------------------------------------------------------------------------------------------
 # An epoch is a list of micro-batches of batch_size rows of like length (see bucketed), all epochs are one list of them, and step k takes
@@ -242,18 +217,15 @@ else:
     except ValueError as error:
         fail(f'{error}; to make data: `python prepare/dolly.py`')
     theirs = tokenizer_of(checkpoint, checkpoint_file) if checkpoint and 'tokenizer' in checkpoint else tokenizer
-    if theirs != tokenizer:
-        fail(f'{checkpoint_file} was trained on {theirs["tokenizer"]} tokens, {data_dir} holds {tokenizer["tokenizer"]}: '
-             f'python prepare/dolly.py --tokenizer={theirs["tokenizer"]} --output_dir=...')
+    fail_if(theirs != tokenizer, f'{checkpoint_file} was trained on {theirs["tokenizer"]} tokens, {data_dir} holds {tokenizer["tokenizer"]}: '
+            f'python prepare/dolly.py --tokenizer={theirs["tokenizer"]} --output_dir=...')
     train_rows, val_rows = len(train_data['prompt']), len(val_data['prompt'])
     batches_per_epoch = -(-train_rows // batch_size)
     if 'num_epochs' in typed_now and 'max_steps' not in typed_now:
         config.assign('max_steps', -1)  # a stored one
-    if max_steps < 0:  # of this launch alone: the setting stays -1
-        max_steps = math.ceil(num_epochs * batches_per_epoch / grad_accumulation_steps)
+    max_steps = math.ceil(num_epochs * batches_per_epoch / grad_accumulation_steps) if max_steps < 0 else max_steps  # the setting stays -1
     found = (checkpoint_file, n_layer, n_head, n_embd, block_size, activation, max_steps, train_data['files'], val_data['files'])
-    if len(set(map(str, everyone(found)))) > 1:
-        fail(f'the ranks see different checkpoints or rows: {found[0] or "random weights"} and {data_dir} must be the same on all nodes')
+    fail_if(differ(found), f'the ranks differ: {found[0] or "the checkpoint"} and {data_dir} must be the same on all nodes')
 accumulation = -(-grad_accumulation_steps // world_size)  # micro-steps per step
 first_step, first_batch = 0, 0  # the micro-batch where a step begins; only a resume with another batch moves them
 
@@ -270,42 +242,22 @@ def loader_state(step):
     return dict(seed=seed, epoch=epoch, micro_batch=i, batches_per_epoch=batches_per_epoch, block_size=block_size,
                 files={**train_data['files'], **val_data['files']})
 
-def rows_of(step):
-    """The numbers of the rows of each micro-batch of a step."""
-    return [micro_batches(j // batches_per_epoch)[j % batches_per_epoch] for j in range(begin_of(step), begin_of(step + 1))]
-
-def loss_weight(data, rows):
-    """What the sum of the losses of these rows is divided by: their response tokens, and their prompts' by weight."""
-    return float(data['response'][rows].sum() + prompt_loss_weight * (data['prompt'][rows] - 1).sum())
-
 def batch(step, micro_step):
     """(inputs (b, T), targets (n,), their places (n,), their factors (n,), weight of the whole step): what this rank sees in this
     micro-step (see padded_rows)."""
-    parts, part = rows_of(step), micro_step * world_size + rank
-    rows = np.concatenate(parts)
+    parts = [micro_batches(i // batches_per_epoch)[i % batches_per_epoch] for i in range(begin_of(step), begin_of(step + 1))]
+    rows, part = np.concatenate(parts), micro_step * world_size + rank
     if grad_accumulation_steps % world_size:  # cut the rows of the step into as many parts as there are ranks and micro-steps
-        n = accumulation * world_size
-        parts = [rows[len(rows) * i // n:len(rows) * (i + 1) // n] for i in range(n)]
+        parts = np.array_split(rows, accumulation * world_size)
+    weight = train_data['response'][rows].sum() + prompt_loss_weight * (train_data['prompt'][rows] - 1).sum()
     tensors = padded_rows(train_data, parts[part], block_size, tokenizer['eot'], prompt_loss_weight)
-    return *([t.pin_memory() for t in tensors] if device_type == 'cuda' else tensors), loss_weight(train_data, rows)
+    return *([t.pin_memory() for t in tensors] if device_type == 'cuda' else tensors), float(weight)
 
 encoding = encoding_for_all(tokenizer['tokenizer'], needed=generate or chat or export)
-
-forgetting = {}  # the validation shards of the pretraining data
-if forgetting_root and not (generate or chat or export):
-    try:
-        _, forgetting, theirs = open_shards(forgetting_root, block_size, val_only=True)
-    except ValueError as error:
-        if 'forgetting_root' in config.typed_here:
-            fail(f'--forgetting_root: {error} (without a folder, --forgetting_root=, it is not measured)')
-        print0(f'WARNING: forgetting is not measured: {error}')
-        forgetting, theirs = {}, tokenizer
-    if theirs != tokenizer:
-        fail(f'--forgetting_root={forgetting_root} holds {theirs["tokenizer"]} tokens, {data_dir} holds {tokenizer["tokenizer"]}')
+forgetting = {} if generate or chat or export else forgetting_shards(config, checkpoint, tokenizer)  # the validation shards of the pretraining data
 
 # ---- model ---------------------------------------------------------------------------------------------------------
-if 0 < vocab_size < tokenizer['vocab_size']:
-    fail(f'vocab_size {vocab_size} is smaller than the vocabulary of the data, {tokenizer["vocab_size"]}')
+fail_if(0 < vocab_size < tokenizer['vocab_size'], f'vocab_size {vocab_size} is smaller than the vocabulary of the data, {tokenizer["vocab_size"]}')
 padded_vocab = vocab_size if vocab_size > 0 else -(-tokenizer['vocab_size'] // 64) * 64
 raw_model = GPT(GPTConfig(block_size, padded_vocab, n_layer, n_head, n_embd, dropout, activation)).to(device)
 
@@ -319,10 +271,8 @@ def state_files(run):
                      train_loader_state=loader_state(run['step']), tokenizer=tokenizer)}
 
 def load_weights(checkpoint):
-    weights = checkpoint['model']
-    if 'step' not in checkpoint:  # from elsewhere: its vocabulary may be padded in another way
-        weights = fit_weights(weights, block_size, padded_vocab, tokenizer['vocab_size'])
-    raw_model.load_state_dict(weights)
+    weights = checkpoint['model']  # from elsewhere: its vocabulary may be padded in another way
+    raw_model.load_state_dict(weights if 'step' in checkpoint else fit_weights(weights, block_size, padded_vocab, tokenizer['vocab_size']))
 
 def load_training(checkpoint):
     """Everything else that state_files stored; ValueError if it does not belong to this data."""
@@ -334,17 +284,13 @@ def load_training(checkpoint):
     same_data(there, loader_state(0), ('block_size', 'files'), data_dir)
     if not all(type(there[name]) is int and there[name] >= 0 for name in ('epoch', 'micro_batch', 'batches_per_epoch')) or not there['batches_per_epoch']:
         raise ValueError(f'its data position is {there}')
-    position = there['micro_batch']
-    if there['batches_per_epoch'] != batches_per_epoch:  # another batch_size makes other micro-batches: go on at the same share of the epoch
-        position = position * batches_per_epoch // there['batches_per_epoch']
-        print0(f'another batch_size: continuing at micro-batch {position} of {batches_per_epoch} of epoch {there["epoch"]}; some of its rows may come '
-               'twice or not at all')
+    position = there['micro_batch'] * batches_per_epoch // there['batches_per_epoch']  # another batch_size: the same share of the epoch
+    if there['batches_per_epoch'] != batches_per_epoch:
+        print0(f'another batch_size: continuing at micro-batch {position} of {batches_per_epoch} of epoch {there["epoch"]}: some rows may come twice or never')
     first_step, first_batch = checkpoint['step'], there['epoch'] * batches_per_epoch + position
     if config['max_steps'] < 0:
         max_steps = first_step + max(0, math.ceil((num_epochs * batches_per_epoch - first_batch) / grad_accumulation_steps))
-    if not all(type(n) is str and type(x) is float for n, x in checkpoint['before'].items()) or not all(
-            type(i) is int and type(text) is str for i, text in checkpoint['answers_before'].items()):
-        raise ValueError('its table is none')
+    check_table(checkpoint['before'], checkpoint['answers_before'])
 
 # ---- checkpoint (=) ------------------------------------------------------------------------------------------------
 # step: completed optimizer steps. progress: plain numbers that a resume continues. snapshot: what a checkpoint of this step
@@ -354,15 +300,9 @@ progress = dict(val_loss=math.inf, best_val_loss=math.inf, best_step=-1, loss_su
 
 def log(line, prefix='', show=True):
     """Append a line to log.txt and print it (rank 0)."""
-    global stop_signal, trouble
     if show:
         print0(line)
-    data = (prefix + line + '\n').encode()
-    try:
-        while data and log_descriptor >= 0:
-            data = data[os.write(log_descriptor, data):]
-    except OSError as error:
-        stop_signal, trouble = 1000, cannot_write(log_path, error)  # all ranks end in poll()
+    append(log_path, log_descriptor, prefix + line + '\n', stop)
 
 def take_snapshot(before=None):
     """At the start of a step; again, given the first one, when its evaluation is done: the generators are those of the start."""
@@ -397,13 +337,12 @@ def leave(code):
 def poll():
     """Has any rank been told to stop? Then write the last whole step and leave. Called by all ranks, between micro-steps
     and evaluation batches: what this step has drawn or summed up so far is forgotten and done again after the resume."""
-    told = stop_signal
+    told = stop.number
     if ddp:
         flag = torch.tensor(told)
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=cpu_group())
         told = int(flag)
-    if told == 1000:
-        fail(trouble, 1)
+    fail_if(told == 1000, stop.trouble, 1)
     if told > 0:
         print0(f'stopped by {signal.Signals(told).name}')
         if not read_only and not (resumed and snapshot['step'] == start_step and os.path.exists(checkpoint_path_of(start_step))):
@@ -430,10 +369,8 @@ if reseeded:
 new_ranks = [r for r, new in enumerate(everyone(reseeded)) if new]
 if resumed and new_ranks:
     print0(f'ranks {new_ranks} are new, or on another kind of device: their generators are seeded from (seed, rank, step)')
-if start_step > max_steps:
-    fail(f'{checkpoint_file} is at step {start_step}, beyond max_steps {max_steps}')
-if len(set(everyone(start_step))) > 1:
-    fail(f'the ranks found different checkpoints in {run_dir}: it must lie where all nodes see it')
+fail_if(start_step > max_steps, f'{checkpoint_file} is at step {start_step}, beyond max_steps {max_steps}')
+fail_if(differ(start_step), f'the ranks found different checkpoints in {run_dir}: it must lie where all nodes see it')
 if master and not read_only:
     try:
         log_descriptor = open_log(log_path, checkpoint_path_of, checkpoint_of, checkpoint if resumed else None, checkpoint_file, checkpoint_path != '')
@@ -484,48 +421,36 @@ def evaluate():
 @torch.no_grad()
 def evaluate_forgetting():
     """Loss in nats per token on the first forgetting_tokens validation tokens of the pretraining data."""
-    raw_model.eval()
     rows = sum((len(tokens) - 1) // block_size for tokens in forgetting.values())
     rows = min(rows, max(1, forgetting_tokens // block_size)) if forgetting_tokens else rows
-    losses = []
-    for begin in range(rank, rows + rank, world_size):  # a row at a time, it is as long as a batch of answers
-        poll()
-        tokens = shard_rows(forgetting, block_size, [min(begin, rows - 1)])
-        targets = tokens[:, 1:] if begin < rows else tokens[:, 1:] * 0 - 1
+
+    def loss(turn, chosen):
+        tokens = shard_rows(forgetting, block_size, chosen).to(device)
         with autocast:
-            losses.append(raw_model(tokens[:, :-1].to(device), targets.to(device), 'sum'))
+            return [raw_model(tokens[:, :-1], tokens[:, 1:], 'sum').item()]
+
+    raw_model.eval()
+    losses = shared_out([[row] for row in range(rows)], rank, world_size, poll, loss)  # a row at a time, it is as long as a batch of answers
     raw_model.train()
-    return sum(everyone(torch.stack(losses).cpu().double().sum().item())) / (rows * block_size)
+    return sum(losses) / (rows * block_size)
 
 def answers(prompts, seed, temperature, top_k=0, top_p=1.0):
     """[(ids without end-of-text, did it end by itself)] for prompts given as lists of ids: in batches, split over the ranks, the
     same whatever the number of ranks."""
-    order, found = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), {}
-    batches = [order[i:i + 16] for i in range(0, len(order), 16)]
-    for k in range(rank, len(batches) + rank, world_size):
-        poll()
-        chosen = batches[k] if k < len(batches) else []
-        if chosen:
-            generator = torch.Generator(device).manual_seed((seed * 1000 + k) % 2 ** 63)
-            with autocast:
-                found.update(zip(chosen, raw_model.answer([prompts[i] for i in chosen], max_new_tokens, temperature, top_k, top_p, tokenizer['vocab_size'],
-                                                          tokenizer['eot'], generator, stop=lambda: stop_signal), strict=True))
-    poll()
-    found = {i: answer for part in everyone(found) for i, answer in part.items()}
-    return [found[i] for i in range(len(prompts))]
+    def answer(turn, chosen):
+        generator = torch.Generator(device).manual_seed((seed * 1000 + turn) % 2 ** 63)
+        with autocast:
+            return raw_model.answer([prompts[i] for i in chosen], max_new_tokens, temperature, top_k, top_p, tokenizer['vocab_size'], tokenizer['eot'],
+                                    generator, stop=lambda: stop.number)
+
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    return shared_out([order[i:i + 16] for i in range(0, len(order), 16)], rank, world_size, poll, answer)
 
 def prompt_ids(instruction, context=''):
     return [tokenizer['eot'], *encoding.encode_ordinary(instruction_prompt(instruction, context))]
 
 def readable(ids):
     return printable(encoding.decode(ids)).strip()
-
-def held_out_prompts(n, names=None):
-    """The first n held-out rows, in a fixed shuffled order, of these categories (None = all): [(row, prompt ids)]."""
-    order = np.random.default_rng(0).permutation(val_rows)
-    rows = [r for r in order if names is None or categories[val_data['category'][r]] in names][:n]
-    start, prompt = val_data['start'], val_data['prompt']
-    return [(r, val_data['tokens'][start[r]:start[r] + prompt[r]].tolist()) for r in rows]
 
 def measure():
     """What the table shows, {name: number}, and the answers to PROMPTS. Its generators are its own."""
@@ -534,46 +459,23 @@ def measure():
         found['pretraining loss, nats'] = evaluate_forgetting()
     if not encoding or not eval_answers:
         return found, []
-    asked = held_out_prompts(eval_answers)
-    greedy, sampled = (answers([ids for _, ids in asked], seed, t) for t in (0.0, 1.0))
-    found['end rate, greedy'] = sum(ended for _, ended in greedy) / len(asked)
-    found['end rate, sampled'] = sum(ended for _, ended in sampled) / len(asked)
-    found['distinct-2, greedy'] = distinct_2([encoding.decode(ids) for ids, _ in greedy])
-    for name in ('closed_qa', 'information_extraction'):
-        asked = held_out_prompts(eval_answers, [name])
-        scores = []
-        for (r, prompt), (ids, _) in zip(asked, answers([ids for _, ids in asked], seed, 0.0), strict=True):
-            reference = val_data['tokens'][val_data['start'][r] + len(prompt):][:val_data['response'][r] - 1]
-            scores.append(rouge_l(encoding.decode(ids), encoding.decode(reference.tolist())))
-        if scores:
-            found[f'ROUGE-L, {name}'] = sum(scores) / len(scores)
+    found.update(judged_answers(val_data, categories, eval_answers, encoding, lambda prompts, temperature: answers(prompts, seed, temperature)))
     return found, [readable(ids) for ids, _ in answers([prompt_ids(text) for text in PROMPTS], seed, 0.0)]
-
-def table(before, after):
-    """Lines of the table."""
-    if before:
-        yield f'{"":34}before    after'
-    for name, value in after.items():
-        yield f'{name:31}' + (f'{before[name]:9.4f}' if name in before else ' ' * 9) + f'{value:9.4f}'
 
 if read_only:
     step, path, files = checkpoint.get('step', 0), '', {}
     if export:
         path, files = os.path.normpath(export), export_files(raw_model.state_dict(), raw_model.config, tokenizer)
     elif generate:
-        prompts = [prompt_ids(generate, context)] * num_samples
-        print0('\n----\n'.join(readable(ids) for ids, _ in answers(prompts, seed, temperature, top_k, top_p)))
+        print0('\n----\n'.join(readable(ids) for ids, _ in answers([prompt_ids(generate, context)] * num_samples, seed, temperature, top_k, top_p)))
     elif chat:
-        if ddp:
-            fail('--chat is for one process, without torchrun')
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        fail_if(ddp, '--chat is for one process, without torchrun')
         converse(lambda line, turn: readable(answers([prompt_ids(line)], seed + turn, temperature, top_k, top_p)[0][0]))
     else:
         progress['val_loss'] = evaluate()
         print0(f'step {step}/{max_steps} | val loss {progress["val_loss"]:.4f}')
         found, texts = measure()
-        print0('\n'.join(table({}, found)))
+        print0('\n'.join(before_after({}, found)))
         path = os.path.join(run_dir if judged else os.path.dirname(os.path.normpath(checkpoint_file)), 'eval.json')
         files = {'': dict(step=step, val_loss=progress['val_loss'], val_rows=val_rows, checkpoint=checkpoint_file, data_dir=data_dir, table=found,
                           answers=dict(zip(PROMPTS, texts, strict=False)))}
@@ -609,31 +511,21 @@ for step in range(start_step, max_steps + 1):
     snapshot = take_snapshot()
     if step > start_step or not top_done:
         if eval_interval > 0 and step % eval_interval == 0 or step == 0 or last:
-            progress['val_loss'] = float(evaluate())
-            log(f'step {step}/{max_steps} | val loss {progress["val_loss"]:.4f}')
-            if not math.isfinite(progress['val_loss']):
-                fail(f'step {step}: validation loss {progress["val_loss"]}; stopped, no checkpoint holds it (try a lower max_lr)', 1)
-            wandb_run.log({'val/loss': progress['val_loss']}, step=step)
-            train_loss = progress['since_sum'] / max(1, progress['since_count'])
-            if progress['val_loss'] > progress['best_val_loss'] and progress['since_count'] and train_loss < progress['train_loss_before']:
-                log(f'Warning: Overfitting detected: val loss {progress["val_loss"]:.4f} is above its best, {progress["best_val_loss"]:.4f} at step '
-                    f'{progress["best_step"]}, while the train loss fell from {progress["train_loss_before"]:.4f} to {train_loss:.4f}')
-            if progress['since_count']:
-                progress.update(train_loss_before=train_loss, since_sum=0.0, since_count=0)
-            better = progress['val_loss'] < progress['best_val_loss']
-            if better:
-                progress.update(best_val_loss=progress['val_loss'], best_step=step)
+            val_loss = progress['val_loss'] = float(evaluate())
+            log(f'step {step}/{max_steps} | val loss {val_loss:.4f}')
+            fail_if(not math.isfinite(val_loss), f'step {step}: validation loss {val_loss}; stopped, no checkpoint holds it (try a lower max_lr)', 1)
+            wandb_run.log({'val/loss': val_loss}, step=step)
+            for warning in overfitting(progress):
+                log(warning)
             if step == 0 or last:
                 found, texts = measure()
-                if step == 0:
-                    progress['before'], progress['answers_before'] = found, dict(enumerate(texts))
-                for line in table({} if step == 0 else progress['before'], found):
-                    log(line)
+                log('\n'.join(before_after(progress['before'], found)))
                 for i, text in enumerate(texts):
-                    log(f'step {step}/{max_steps} | answer to: {PROMPTS[i]}')
-                    for name, answer in (('before', progress['answers_before'].get(i, '')), ('after', text)) if step else (('before', text),):
-                        log('\n'.join(f'    {name:6} | {line}' for line in answer.splitlines() or ['']))
-            if better:
+                    log(f'step {step}/{max_steps} | answer to: {PROMPTS[i]}\n' + both_answers(progress['answers_before'].get(i, ''), text, step))
+                if step == 0:
+                    progress.update(before=found, answers_before=dict(enumerate(texts)))
+            if val_loss < progress['best_val_loss']:
+                progress.update(best_val_loss=val_loss, best_step=step)
                 snapshot['progress'] = dict(progress)
                 save(checkpoint_path_of('best'))
         if encoding and generate_interval > 0 < step and step % generate_interval == 0 and not last:
@@ -677,9 +569,8 @@ for step in range(start_step, max_steps + 1):
         dist.all_reduce(report)
     step_loss, step_norm = report.tolist()
     overflow = scaler.is_enabled() and not math.isfinite(step_norm) and scaler.get_scale() > 1  # the scaler skips it and scales less
-    if not math.isfinite(step_loss) or not math.isfinite(step_norm) and not overflow:
-        fail(f'step {step + 1}: loss {step_loss}, gradient norm {step_norm}; stopped before the update, no checkpoint holds it '
-             '(try a lower max_lr or more warmup_steps)', 1)
+    fail_if(not math.isfinite(step_loss) or not math.isfinite(step_norm) and not overflow, f'step {step + 1}: loss {step_loss}, gradient norm {step_norm}; '
+            'stopped before the update, no checkpoint holds it (try a lower max_lr or more warmup_steps)', 1)
     for o in optimizers:
         if not overflow:  # the scaler itself would skip only those that saw it
             scaler.step(o)

@@ -12,8 +12,10 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import unicodedata
 import zipfile
 import zlib
@@ -32,7 +34,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
 
-from configurator import fail, master, nearby, print0
+from configurator import fail, fail_if, master, nearby, print0
 
 # The published shapes, and one for a laptop. `--model=<name>` picks one; each number can still be given by itself.
 GPT_SIZES = {
@@ -520,10 +522,15 @@ def adopt_shape(config, shape, source, where):
     config.restore({**size, **{name: value for name, value in shape.items() if name != 'vocab_size'}}, where)
 
 
-def begin_gpt(setting, sources, config, checkpoint, file, strict):
-    """(checkpoint, its file): without one, that of the first of these sources that can be read, else (None, ''); the shape of weights alone becomes that of
-    the settings (a Config). A source that cannot be read ends the script or, not strict, is a warning."""
-    for source in sources if not checkpoint else ():
+def begin_gpt(setting, config, checkpoint, file, strict):
+    """(checkpoint, its file): without one, that of the source which this setting of the Config names ('scratch': none), else (None, ''); the shape of weights
+    alone becomes that of the settings. A source that cannot be read ends the script or, not strict, is a warning: of a default that is not there, like
+    logs/model_19072.pt, the newest in its folder are tried, model_<number>.pt."""
+    sources, folder = [config[setting]] if config[setting] != 'scratch' and not checkpoint else [], os.path.dirname(config[setting])
+    if sources and not strict and setting not in config.given and not os.path.exists(sources[0]) and os.path.isdir(folder):
+        numbers = filter(None, (re.fullmatch(r'model_(\d{1,18})\.pt', name) for name in os.listdir(folder)))
+        sources = [os.path.join(folder, match[0]) for match in sorted(numbers, key=lambda match: -int(match[1]))] or sources
+    for source in sources:
         try:
             path = find_gpt(source)
             checkpoint, file = read_gpt(path), path
@@ -763,6 +770,8 @@ def printable(text):
 
 def converse(answer):
     """Print answer(line, number of the turn) to every line that is typed, until an empty one, end of file or Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     sys.stdin.reconfigure(errors='replace')
     print0('an instruction and Enter; an empty line ends')
     try:
@@ -861,6 +870,25 @@ def shard_rows(shards, T, rows):
     first = np.cumsum([0] + [(len(t) - 1) // T for t in tokens])
     picked = [tokens[s][(r - first[s]) * T:(r - first[s] + 1) * T + 1] for r, s in zip(rows, np.searchsorted(first, rows, 'right') - 1, strict=True)]
     return torch.from_numpy(np.stack(picked).astype(np.int64))
+
+
+def forgetting_shards(config, checkpoint, tokenizer):
+    """{name: tokens} of the validation shards in the folder that the setting forgetting_root names; 'auto': that which the checkpoint was trained on. {} where
+    there is none."""
+    if config['forgetting_root'] == 'auto':  # it must not outlive the moment in which it is known
+        root = checkpoint.get('data_root', '') if checkpoint else ''
+        config.assign('forgetting_root', root if os.path.isdir(root) else '')
+        config.given.add('forgetting_root')
+    if not config['forgetting_root']:
+        return {}
+    try:
+        _, shards, theirs = open_shards(config['forgetting_root'], config['block_size'], val_only=True)
+    except ValueError as error:
+        fail_if('forgetting_root' in config.typed_here, f'--forgetting_root: {error} (without a folder, --forgetting_root=, it is not measured)')
+        print0(f'WARNING: forgetting is not measured: {error}')
+        return {}
+    fail_if(theirs != tokenizer, f'--forgetting_root={config["forgetting_root"]} holds {theirs["tokenizer"]} tokens, the rows {tokenizer["tokenizer"]}')
+    return shards
 
 
 # Instructions and answers: rows of their own, each a prompt and a response. They are not packed into full rows of block_size tokens:
@@ -980,6 +1008,61 @@ def distinct_2(texts):
     return len(set(pairs)) / len(pairs) if pairs else 0.0
 
 
+def judged_answers(rows, categories, n, encoding, answers):
+    """{measure: number} of the answers to the first n held-out rows of open_rows, in a fixed shuffled order. answers(prompts, temperature): see
+    finetune_dolly.py."""
+    order = np.random.default_rng(0).permutation(len(rows['prompt']))
+    names = np.array(categories)[rows['category'][order]]
+
+    def prompts(chosen):
+        return [rows['tokens'][rows['start'][r]:rows['start'][r] + rows['prompt'][r]].tolist() for r in chosen]
+
+    greedy, sampled = (answers(prompts(order[:n]), temperature) for temperature in (0.0, 1.0))
+    found = {f'end rate, {how}': sum(ended for _, ended in some) / len(some) for how, some in (('greedy', greedy), ('sampled', sampled))}
+    found['distinct-2, greedy'] = distinct_2([encoding.decode(ids) for ids, _ in greedy])
+    for name in ('closed_qa', 'information_extraction'):  # whose answers stand in their contexts
+        asked, scores = order[names == name][:n], []
+        for r, (ids, _) in zip(asked, answers(prompts(asked), 0.0), strict=True):
+            reference = rows['tokens'][rows['start'][r] + rows['prompt'][r]:][:rows['response'][r] - 1]
+            scores.append(rouge_l(encoding.decode(ids), encoding.decode(reference.tolist())))
+        if scores:
+            found[f'ROUGE-L, {name}'] = sum(scores) / len(scores)
+    return found
+
+
+def before_after(before, after):
+    """Lines of a table of two columns, {name: number} each; one column if there is nothing before."""
+    if before:
+        yield f'{"":34}before    after'
+    for name, value in after.items():
+        yield f'{name:31}' + (f'{before[name]:9.4f}' if name in before else ' ' * 9) + f'{value:9.4f}'
+
+
+def both_answers(before, after, step):
+    """Two answers for a person; at step 0 the second one alone, which is that of before."""
+    return '\n'.join(f'    {name:6} | {line}' for name, answer in ((('before', before), ('after', after)) if step else (('before', after),))
+                     for line in answer.splitlines() or [''])
+
+
+def check_table(before, answers):
+    """ValueError if what a checkpoint stored of before the training is none: {measure: number}, {number of the prompt: answer}."""
+    if not all(type(name) is str and type(x) is float for name, x in before.items()) or not all(
+            type(i) is int and type(text) is str for i, text in answers.items()):
+        raise ValueError('its table is none')
+
+
+def overfitting(progress):
+    """At an evaluation: a warning if the validation loss is above its best while the train loss fell; a new sum of the train loss begins."""
+    if not progress['since_count']:
+        return
+    val, best, before, now = (progress[name] for name in ('val_loss', 'best_val_loss', 'train_loss_before', 'since_sum'))
+    now /= progress['since_count']
+    if val > best and now < before:
+        yield (f'Warning: Overfitting detected: val loss {val:.4f} is above its best, {best:.4f} at step {progress["best_step"]}, '
+               f'while the train loss fell from {before:.4f} to {now:.4f}')
+    progress.update(train_loss_before=now, since_sum=0.0, since_count=0)
+
+
 def read_whole(path):
     """Content of a file of torch.save or of a .json, as plain values and CPU tensors. Nothing in the file is executed, a damaged
     or hostile one is a ValueError: torch.load itself overlooks a flipped bit and tensors that claim more than they bring."""
@@ -1042,6 +1125,14 @@ def set_aside(paths):
     for path in paths:
         remove(path + '.old')
         os.replace(path, path + '.old')
+
+
+def set_aside_later(checkpoints, step, resumed):
+    """set_aside of those of {path: step} that are later, and lie beside the one that is resumed."""
+    folder = os.path.dirname(os.path.normpath(resumed)) or '.'
+    for path in [path for path, theirs in checkpoints.items() if theirs > step and os.path.samefile(os.path.dirname(path), folder)]:
+        set_aside([path])
+        print0(f'set aside too: {path}')
 
 
 def steps_on_disk(path_of, suffix=''):
@@ -1107,6 +1198,29 @@ def open_log(path, path_of, read, checkpoint, checkpoint_file, explicit):
     return descriptor
 
 
+def append(path, descriptor, text, stop):
+    """Add the text to the end of the log, nothing if it is not open (-1). A full disk is left in `stop` for poll(), where all ranks meet."""
+    data = text.encode()
+    try:
+        while data and descriptor >= 0:
+            data = data[os.write(descriptor, data):]
+    except OSError as error:
+        stop.number, stop.trouble = 1000, cannot_write(path, error)
+
+
+def watch_signals():
+    """SIGTERM and Ctrl-C no longer end the process: they leave their number in .number of what is returned (0: none came yet)."""
+    stop = SimpleNamespace(number=0, trouble='')
+
+    def on_signal(number, frame):
+        stop.number = number
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process at once; SIGTERM may come from several sides
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
+    return stop
+
+
 def same_data(there, here, names, data):
     """ValueError if the loader_state of a checkpoint differs from the present one in one of these names."""
     for name in names:
@@ -1165,6 +1279,24 @@ def everyone(value):
     return values
 
 
+def differ(value):
+    """Is it another one, in words, on some rank?"""
+    return len(set(map(str, everyone(value)))) > 1
+
+
+def shared_out(batches, rank, world_size, poll, work):
+    """[result of item 0, of item 1, ...], on every rank. batches: lists of the items' numbers, each of which is work(turn, batch) -> [result, ...] of one rank;
+    all take as many turns, with poll() before each."""
+    found = {}
+    for turn in range(rank, len(batches) + rank, world_size):
+        poll()
+        if turn < len(batches):
+            found.update(zip(batches[turn], work(turn, batches[turn]), strict=True))
+    poll()
+    found = {i: result for part in everyone(found) for i, result in part.items()}
+    return [found[i] for i in range(len(found))]
+
+
 def agree(problem, code=2):
     """End all ranks if any has a problem (a sentence; '' = none): none may be left waiting for one that is gone."""
     first = next(filter(None, everyone(problem)), '')
@@ -1220,8 +1352,8 @@ def sync(path):
 def write_whole(path, files):
     """Write {'': content} as the file `path`, or {name: content} as a folder of files: whole or absent, also after a power cut.
 
-    Everything goes to path.tmp, is forced to the disk and then renamed. Content: bytes, JSON if the name ends so, else torch.save; a
-    callable is called last with the folder for content that is made of the files before it. OSError or RuntimeError (which
+    Everything goes to path.tmp, is forced to the disk and then renamed. Content: bytes, JSON if the name ends so (null for NaN and infinity, which it has
+    not), else torch.save; a callable is called last with the folder for content that is made of the files before it. OSError or RuntimeError (which
     torch.save raises) if the disk is full; path.tmp is gone then."""
     temporary, is_folder = path + '.tmp', '' not in files
     remove(temporary)
@@ -1232,7 +1364,7 @@ def write_whole(path, files):
             content = content(temporary) if callable(content) else content
             with open(os.path.join(temporary, name) if name else temporary, 'wb') as file:
                 if (name or path).endswith('.json') and not isinstance(content, bytes):
-                    content = json.dumps(content, indent=1).encode()
+                    content = json.dumps(without_nan(content), indent=1).encode()
                 file.write(content) if isinstance(content, bytes) else torch.save(content, file)
             sync(os.path.join(temporary, name) if name else temporary)
         if is_folder:
@@ -1896,6 +2028,62 @@ def open_paths(folder, max_seq_length=0, own_answers=False):
     return paths, questions, dict(files=files, hidden_size=hidden_size, left_out=left_out)
 
 
+def open_split(folder, settings):
+    """(*open_paths, the rows of the paths to learn from, of those held out): a part of the questions is held out with all their paths. settings: those of
+    train_latent_prm.py. ValueError."""
+    paths, questions, facts = open_paths(folder, settings['max_seq_length'], not settings['use_prm_score'])
+    if settings['question_context'] and any(question['ids'] is None for question in questions):
+        raise ValueError(f'the files in {folder} do not hold the tokens of all questions: --question_context=False does without')
+    share, all_of_them = settings['val_size'], len(questions)
+    count = all_of_them if share == 1 else min(all_of_them - 1, max(1, round(share * all_of_them))) if share else 0
+    held_out = np.isin(paths['question'], np.random.default_rng([settings['seed'], 1]).permutation(all_of_them)[:count])
+    return paths, questions, facts, np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+def check_paths(folder, config, hidden_size, longest, questions):
+    """ValueError if the paths of a folder, so wide and so long, or the tokens of these questions are not for a model of this Qwen3Config."""
+    if longest > config.max_position_embeddings:
+        raise ValueError(f'a path of {folder} is {longest} long, this model has {config.max_position_embeddings} positions: a smaller --max_seq_length fits')
+    for question in questions:
+        if not 0 <= int(question['ids'].min()) <= int(question['ids'].max()) < config.vocab_size:
+            raise ValueError(f'{folder}: the question_ids of {question["text"][:60]!r} are not all in 0 to {config.vocab_size - 1}')
+    if hidden_size != config.hidden_size:
+        raise ValueError(f'the latents in {folder} are {hidden_size} wide, the hidden size of this model is {config.hidden_size}: they were collected from '
+                         'another one (Qwen3-0.6B has 1024, Qwen2.5-0.5B 896)')
+
+
+def paths_of(paths, rows):
+    """`paths` of these rows."""
+    return {name: [values[row] for row in rows] if isinstance(values, list) else values[rows] for name, values in paths.items()}
+
+
+def by_question(question, rows, batch_size, seed, epoch):
+    """The micro-batches of an epoch, as bucketed, of these rows; but a question's paths stand side by side: what is compared must be in one micro-batch."""
+    generator = np.random.default_rng([seed, epoch])
+    order = rows[generator.permutation(len(rows))]
+    order = order[np.argsort(generator.permutation(question.max() + 1)[question[order]], kind='stable')]
+    batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+    return [batches[i] for i in generator.permutation(len(batches))]
+
+
+def ordered_pairs(paths, chosen):
+    """(m, 2): places in `chosen` of two paths of one question, the first with the higher score."""
+    target, question = paths['target'][chosen], paths['question'][chosen]
+    return np.argwhere((question[:, None] == question) & (target[:, None] > target))
+
+
+def path_tensors(paths, chosen, questions=None, multiple=1, pairs=False):
+    """[*padded_paths, targets (b,), weights (b,), pairs (m, 2)] of these rows, with the tokens of their questions, if they are given, and their ordered_pairs.
+    No rows at all (more ranks than paths, but all must take part) give one of zeros that weighs nothing."""
+    rows = chosen if len(chosen) else [0]
+    inputs = padded_paths([paths['latents'][row] for row in rows], [questions[paths['question'][row]]['ids'] for row in rows] if questions else None, multiple)
+    targets = torch.tensor(paths['target'][rows]).to(torch.get_default_dtype())
+    weights, pairs = torch.ones(len(rows)), torch.from_numpy(ordered_pairs(paths, rows) if pairs else np.zeros((0, 2), np.int64))
+    if not len(chosen):
+        inputs[0].zero_(), weights.zero_()
+    return [*inputs, targets, weights, pairs]
+
+
 def auc(scores, right):
     """Probability that a right one has a higher score than a wrong one, ties count half; NaN if there are not both."""
     right = right > 0.5
@@ -1938,6 +2126,27 @@ def judged(scores, paths, resamples=0):
             means = np.random.default_rng(0).choice(values, (resamples, len(values))).mean(1) if len(values) else [math.nan]
             report[name + '_interval'] = [float(edge) for edge in np.quantile(means, [0.025, 0.975])]
     return {name: value if isinstance(value, list) else float(value) for name, value in report.items()}
+
+
+def prm_report(scores, losses, paths):
+    """What a validation found, from scores and losses (n,) of its paths: plain numbers."""
+    mine, constant = judged(scores, paths), judged(np.ones(len(scores)), paths)
+    return dict(val_loss=float(losses.mean()), auc=mine['auc'], within_auc=mine['within_auc'], best_of_n=mine['best_of_n'], random_pick=constant['best_of_n'],
+                majority_vote=constant['weighted_vote'], paths=len(scores), questions=len(set(paths['question'])))
+
+
+def prm_line(report):
+    words = dict(auc='AUC', within_auc='within-question AUC', best_of_n='best of N', random_pick='random pick', majority_vote='majority vote')
+    return ' | '.join([f'val loss {report["val_loss"]:.4f}', *(f'{words[name]} {report[name]:.4f}' for name in words if not math.isnan(report[name])),
+                       f'{report["paths"]:,} paths of {report["questions"]:,} questions'])
+
+
+def training_stats(progress, **facts):
+    """Content of training_stats.json, as guide 004's plots read it."""
+    names = ('epoch_losses', 'step_losses', 'step_numbers', 'val_losses', 'val_step_numbers', 'best_loss', 'best_val_loss', 'best_step', 'table')
+    return dict(facts, **{name: progress[name] for name in names}, final_loss=(progress['epoch_losses'] or [math.nan])[-1],
+                final_val_loss=progress['val_loss'], validation=progress['report'], training_time_seconds=progress['seconds'],
+                timestamp=time.strftime('%Y-%m-%d %H:%M:%S'))
 
 
 def probe(x, y, groups, others):
@@ -2067,6 +2276,27 @@ def read_prm(path):
     return dict(state, model=model, optimizer=optimizer, shape=shape, **{name: scheduler[name] for name in ('ranks', 'scaler', 'train_loader_state')})
 
 
+def prm_files(run, model, optimizer, rest):
+    """The files that read_prm reads, {name: content}. run: what all scripts store; rest: more for scheduler.pt."""
+    state = {name: value for name, value in run.items() if name != 'ranks'}
+    numbers = [(p.numel(), p.numel() * p.requires_grad) for p in model.parameters()]
+    total, trained = map(sum, zip(*numbers, strict=True))
+    return {
+        'pytorch_model.bin': on_cpu(dict(model.state_dict())),  # on the CPU: the guide's torch.load has no map_location
+        'optimizer.pt': optimizer,
+        'scheduler.pt': dict(rest, step=run['step'], ranks=run['ranks']),
+        'config.json': dict(model.config.to_json(), pooling_strategy=model.pooling_strategy, question_context=model.question_context,
+                            dropout_prob=model.dropout.p, total_parameters=total, trainable_parameters=trained),
+        'training_state.json': lambda folder: dict(state, sha256={name: sha256(os.path.join(folder, name)) for name in PRM_FILES}),
+    }
+
+
+def newest_prm_run():
+    """The folder of the newest run that nobody named, '' if there is none."""
+    found = prm_checkpoints(os.path.join('checkpoints', 'qwen_prm_*', '*'), r'checkpoint-\d+|epoch_\d+|final')
+    return os.path.dirname(os.path.dirname(newest(os.path.join(path, 'training_state.json') for path in found)))
+
+
 def prm_step(path):
     """The step of the checkpoint in a folder, without reading all of it; -1 if there is none."""
     try:
@@ -2091,7 +2321,6 @@ def sha256(path):
 
 
 def without_nan(value):
-    """For JSON, which has none: null."""
     if isinstance(value, dict):
         return {name: without_nan(element) for name, element in value.items()}
     return [without_nan(element) for element in value] if isinstance(value, list) else None if isinstance(value, float) and not math.isfinite(value) else value

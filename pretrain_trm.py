@@ -31,13 +31,13 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from configurator import configure, fail, master, nearby, print0
-from model import PEAK_FLOPS, load_optimizer_state, norms_by_part, optimizer_state, total_norm
-from model import NO_WANDB, agree, ahead, cannot_write, cpu_group, everyone, find_device, first_readable, generator_states, git_commit, on_cpu, open_log
-from model import rotate, same_data, seed_generators, set_generator_states, start_wandb, steps_on_disk, write_together, write_whole
-from trm import IGNORE, METRICS, SHAPE, AdamATan2, all_config, all_votes, arc_result, arc_vote, average_of, begin_with, deal_carries, drawn, examples_of_epoch
-from trm import least_steps, load_trm, new_trm, of_all_ranks, open_puzzles, puzzle_tensors, read_arc, report_lines, run_folder, sign_sgd, slots_of
-from trm import trm_checkpoint
+from configurator import configure, fail, fail_if, master, nearby, print0
+from model import PEAK_FLOPS, git_commit, load_optimizer_state, norms_by_part, optimizer_state, total_norm
+from model import NO_WANDB, agree, ahead, append, cannot_write, cpu_group, differ, everyone, find_device, first_readable, generator_states, on_cpu
+from model import open_log, rotate, same_data, seed_generators, set_generator_states, start_wandb, steps_on_disk, watch_signals, write_together, write_whole
+from trm import IGNORE, METRICS, SHAPE, AdamATan2, all_config, all_votes, arc_result, arc_vote, average_of, begin_with, check_progress, deal_carries, drawn
+from trm import examples_of_epoch, gradients_by_name, least_steps, load_trm, move_average, new_trm, of_all_ranks, open_puzzles, puzzle_tensors, read_arc
+from trm import report_lines, run_folder, sign_sgd, slots_of, trm_checkpoint
 
 # ---- settings ------------------------------------------------------------------------------------------------------
 # i/o
@@ -125,7 +125,6 @@ if not data_paths or arch != 'trm' or not no_ACT_continue:
          '--no_ACT_continue=False: the second forward pass is broken in the public code, and the paper finds nothing in it')
 first_data = os.path.basename(os.path.normpath(data_paths[0]))
 project_dir = os.path.join('checkpoints', project_name or f'{first_data[:1].upper()}{first_data[1:]}-ACT-torch')
-
 run_dir = run_folder(config, project_dir, auto_resume or resume or eval_only)
 run_dir_typed, log_name = bool({'log_dir', 'run_name', 'project_name'} & typed_now), 'log.txt'
 read_only = eval_only                    # this mode reads a checkpoint and starts no run
@@ -141,16 +140,14 @@ def checkpoint_of(path):  # one dict, whatever the files; ValueError if it is da
     return trm_checkpoint(path, 'data_path')  # finetune_addition.py's are weights here
 
 if 'load_checkpoint' in config.typed_here and load_checkpoint:
-    if checkpoint_path:
-        fail('--load_checkpoint and --checkpoint_path name two beginnings: give one')
+    fail_if(checkpoint_path, '--load_checkpoint and --checkpoint_path name two beginnings: give one')
     if read_only:  # in a run's config.py it says where that run began
         config.assign('checkpoint_path', load_checkpoint)
 
 # ---- stored run (=) ------------------------------------------------------------------------------------------------
 # Which checkpoint this launch reads, if any. What was typed when that run began counts as typed again, unless anew.
 reading = resume or auto_resume or read_only
-if checkpoint_path and not reading:
-    fail(f'--checkpoint_path={checkpoint_path} does nothing by itself: add --resume to continue from it')
+fail_if(checkpoint_path and not reading, f'--checkpoint_path={checkpoint_path} does nothing by itself: add --resume to continue from it')
 found = [checkpoint_path] if checkpoint_path else newest_first() if reading else []
 checkpoint, checkpoint_file, damaged = first_readable(found, checkpoint_of, checkpoint_path_of, strict=checkpoint_path != '' and not lenient,
                                                       weights_too=checkpoint_path != '' or read_only)
@@ -189,19 +186,15 @@ def rank_state():  # what each rank alone knows beside its generators
     return dict(carry=carries)
 
 own_progress = dict(sums=[0.0] * len(METRICS), best_exact=-1.0)  # of the slots since the last log line; of step_best
-if max(beta1, beta2, ema_rate, halt_threshold) >= 1 or min(lr, halt_threshold) <= 0:
-    fail('beta1, beta2, ema_rate and halt_threshold must be less than 1, lr and halt_threshold more than 0')
+fail_if(max(beta1, beta2, ema_rate, halt_threshold) >= 1, 'beta1, beta2, ema_rate and halt_threshold must be less than 1')
+fail_if(min(lr, halt_threshold) <= 0, 'lr and halt_threshold must be more than 0')
 sure = math.log(halt_threshold / (1 - halt_threshold))  # of q_halt, a logit
-if any(type(s) is not int for s in permanent):
-    fail(f'permanent_checkpoints {permanent} must be whole numbers')
-if set(evaluators) - {'auto', 'arc@ARC'}:
-    fail(f'--evaluators={evaluators}: expected arc@ARC or nothing, []')
-if {'epochs', 'max_steps'} <= config.typed_here and max_steps >= 0:
-    fail('--epochs and --max_steps are two lengths: give one')
+fail_if(any(type(s) is not int for s in permanent), f'permanent_checkpoints {permanent} must be whole numbers')
+fail_if(set(evaluators) - {'auto', 'arc@ARC'}, f'--evaluators={evaluators}: expected arc@ARC or nothing, []')
+fail_if({'epochs', 'max_steps'} <= config.typed_here and max_steps >= 0, '--epochs and --max_steps are two lengths: give one')
 if 'epochs' in typed_now and 'max_steps' not in typed_now:
     config.assign('max_steps', -1)  # a stored one
-if freeze_weights and not vector_size:
-    fail('--freeze_weights learns the vectors of the puzzles, and --puzzle_emb_ndim=0 has none')
+fail_if(freeze_weights and not vector_size, '--freeze_weights learns the vectors of the puzzles, and --puzzle_emb_ndim=0 has none')
 
 # ---- distributed (=) -----------------------------------------------------------------------------------------------
 ddp = 'RANK' in os.environ  # set by torchrun
@@ -223,15 +216,7 @@ if deterministic:
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     torch.use_deterministic_algorithms(True)
 torch.manual_seed(seed)  # the same first weights on every rank; each rank's own generators are seeded or restored after them
-stop_signal, trouble = 0, ''  # what poll() acts upon
-
-def on_signal(number, frame):
-    global stop_signal
-    stop_signal = number
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process at once; SIGTERM may come from several sides
-
-for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, on_signal)
+stop = watch_signals()  # SIGTERM and Ctrl-C leave their number in it, a full disk its message: poll() acts upon them
 
 # ---- data ----------------------------------------------------------------------------------------------------------
 # A slot is a place in the global batch; it keeps its puzzle until it halts, then takes the next that is offered to it. Each step offers every
@@ -248,8 +233,8 @@ except ValueError as error:
 data = train_data or test_data
 if read_only:
     max_steps = max(max_steps, checkpoint.get('step', 0))
-if test_data and (test_data.seq_len, test_data.vocab_size, test_data.num_puzzle_identifiers) != (data.seq_len, data.vocab_size, data.num_puzzle_identifiers):
-    fail(f'{data_paths[0]}: train and test differ in seq_len, vocab_size or num_puzzle_identifiers')
+kinds = {(part.seq_len, part.vocab_size, part.num_puzzle_identifiers) for part in (train_data, test_data) if part}
+fail_if(len(kinds) > 1, f'{data_paths[0]}: train and test differ in seq_len, vocab_size or num_puzzle_identifiers')
 accumulation, B = slots_of(global_batch_size, grad_accumulation_steps, world_size)  # micro-steps per step, slots of one of them on a rank
 if train_data:
     groups = len(train_data.group_indices) - 1
@@ -279,15 +264,12 @@ def batch(step, micro_step):
 
 def on_device(tensors):
     tensors = {name: t.to(device, non_blocking=True) for name, t in tensors.items()}
-    labels = tensors['labels'].to(torch.int32)
-    return dict(tensors, labels=labels.masked_fill(labels == 0, IGNORE))
+    return dict(tensors, labels=tensors['labels'].to(torch.int32).masked_fill(tensors['labels'] == 0, IGNORE))
 
 arc = os.path.isfile(os.path.join(data_paths[0], 'test_puzzles.json')) if evaluators == ['auto'] else 'arc@ARC' in evaluators
 if arc:
     try:
-        identifiers, tasks = read_arc(data_paths, data.num_puzzle_identifiers)
-        if not test_data or data.seq_len != 900:
-            raise ValueError('there is no test' if not test_data else f'{data.seq_len} cells, expected 30 x 30')
+        identifiers, tasks = read_arc(data_paths, test_data)
     except ValueError as error:
         fail(f'--evaluators=arc@ARC does not fit {data_paths}: {error} (--evaluators="[]" does without)')
 
@@ -317,10 +299,7 @@ def load_training(checkpoint):
     """Everything else that state_files stored; ValueError if it does not belong to this data."""
     global carries
     load_optimizer_state(raw_model, optimizers, checkpoint['optimizer'])  # the present decay and betas stay
-    if len(checkpoint['sums']) != len(METRICS):
-        raise ValueError(f'it sums up {len(checkpoint["sums"])} measures')
-    if checkpoint['config'].get('halt_threshold', 0.5) != halt_threshold:
-        checkpoint.update(best_exact=-1.0, best_val_loss=math.inf)  # accuracies of another kind cannot be compared
+    check_progress(checkpoint, halt_threshold)
     same_data(checkpoint['train_loader_state'], loader_state(0), ('data',), data_paths)
     carries = deal_carries(checkpoint['ranks'], carries, rank, world_size, data)
 
@@ -332,15 +311,9 @@ progress = dict(val_loss=math.inf, best_val_loss=math.inf, best_step=-1, loss_su
 
 def log(line, prefix='', show=True):
     """Append a line to log.txt and print it (rank 0)."""
-    global stop_signal, trouble
     if show:
         print0(line)
-    data = (prefix + line + '\n').encode()
-    try:
-        while data and log_descriptor >= 0:
-            data = data[os.write(log_descriptor, data):]
-    except OSError as error:
-        stop_signal, trouble = 1000, cannot_write(log_path, error)  # all ranks end in poll()
+    append(log_path, log_descriptor, prefix + line + '\n', stop)
 
 def take_snapshot(before=None):
     """At the start of a step; again, given the first one, when its evaluation is done: the generators are those of the start."""
@@ -375,13 +348,12 @@ def leave(code):
 def poll():
     """Has any rank been told to stop? Then write the last whole step and leave. Called by all ranks, between micro-steps
     and evaluation batches: what this step has drawn or summed up so far is forgotten and done again after the resume."""
-    told = stop_signal
+    told = stop.number
     if ddp:
         flag = torch.tensor(told)
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=cpu_group())
         told = int(flag)
-    if told == 1000:
-        fail(trouble, 1)
+    fail_if(told == 1000, stop.trouble, 1)
     if told > 0:
         print0(f'stopped by {signal.Signals(told).name}')
         if not read_only and not (resumed and snapshot['step'] == start_step and os.path.exists(checkpoint_path_of(start_step))):
@@ -408,10 +380,8 @@ if reseeded:
 new_ranks = [r for r, new in enumerate(everyone(reseeded)) if new]
 if resumed and new_ranks:
     print0(f'ranks {new_ranks} are new, or on another kind of device: their generators are seeded from (seed, rank, step)')
-if start_step > max_steps:
-    fail(f'{checkpoint_file} is at step {start_step}, beyond max_steps {max_steps}')
-if len(set(everyone(start_step))) > 1:
-    fail(f'the ranks found different checkpoints in {run_dir}: it must lie where all nodes see it')
+fail_if(start_step > max_steps, f'{checkpoint_file} is at step {start_step}, beyond max_steps {max_steps}')
+fail_if(differ(start_step), f'the ranks found different checkpoints in {run_dir}: it must lie where all nodes see it')
 if master and not read_only:
     try:
         log_descriptor = open_log(log_path, checkpoint_path_of, checkpoint_of, checkpoint if resumed else None, checkpoint_file, checkpoint_path != '')
@@ -445,9 +415,8 @@ def get_lr(step):
 if compile and judge is not raw_model:
     judge.compile()
 
-cap = max_eval_batches * global_batch_size  # examples; 0 = all
-if 'eval_examples' in config.typed_here or 'max_eval_batches' not in config.typed_here:
-    cap = eval_examples or cap
+typed = {'eval_examples', 'max_eval_batches'} & config.typed_here
+cap = typed != {'max_eval_batches'} and eval_examples or max_eval_batches * global_batch_size  # examples; 0 = all
 
 @torch.no_grad()
 def evaluate(limit=0):
@@ -500,8 +469,7 @@ def say(step, report):
         log(f'step {step}/{max_steps} | ARC ' + ' | '.join(f'{name} {share:.4f}' for name, share in report.items() if name.startswith('pass@')))
 
 if read_only:
-    step = checkpoint.get('step', 0)
-    report = evaluate(cap if {'eval_examples', 'max_eval_batches'} & config.typed_here else 0)
+    step, report = checkpoint.get('step', 0), evaluate(cap if typed else 0)
     say(step, report)
     folder = run_dir if run_dir_typed and 'load_checkpoint' in config.typed_here else os.path.dirname(os.path.normpath(checkpoint_file))
     if arc:
@@ -529,7 +497,6 @@ for line in (
 ):
     log(line, prefix='# ')
 checkpoint = None  # its tensors have been copied
-flops_per_step = raw_model.flops_per_slot() * global_batch_size
 batches = ahead(batch, ((step, micro_step) for step in range(start_step, max_steps) for micro_step in range(accumulation)), num_workers)
 seconds, timed_steps = 0.0, 0
 for step in range(start_step, max_steps + 1):
@@ -540,9 +507,8 @@ for step in range(start_step, max_steps + 1):
     if evaluating and (step > start_step or not top_done):
         report = evaluate(0 if last else min(cap or 1000, 1000) if step == 0 else cap)  # of the untrained one a look is enough
         say(step, report)
-        progress['val_loss'] = report['val_loss']
-        if not math.isfinite(progress['val_loss']):
-            fail(f'step {step}: validation loss {progress["val_loss"]}; stopped, no checkpoint holds it (try a lower lr)', 1)
+        val_loss = progress['val_loss'] = report['val_loss']
+        fail_if(not math.isfinite(val_loss), f'step {step}: validation loss {val_loss}; stopped, no checkpoint holds it (try a lower lr)', 1)
         if arc:
             write_together(os.path.join(run_dir, 'submission.json'), {'': report['submission']})
         wandb_run.log({f'val/{name}': value for name, value in report.items() if isinstance(value, float)}, step=step)
@@ -586,27 +552,22 @@ for step in range(start_step, max_steps + 1):
         used = of_all_ranks([torch.cat(tensors) for tensors in zip(*used, strict=True)])
         gradients.append(used[1])
     reporting = (step + 1) % log_interval == 0 or step == 0 or step + 1 == max_steps
-    norms = ''
-    if log_gradients and reporting:  # before clipping
-        named = {name: p.grad for name, p in raw_model.named_parameters() if p.requires_grad}
-        norms = norms_by_part(dict(named, puzzle_emb=gradients[-1]) if vector_size else named)
+    norms = norms_by_part(gradients_by_name(raw_model, gradients)) if log_gradients and reporting else ''  # before clipping
     norm = total_norm(gradients)
     torch.nn.utils.clip_grads_with_norm_(parameters, clip if clip > 0 else math.inf, norm)
     found = torch.cat((torch.stack((loss_sum, norm / world_size)), sums.to(loss_sum)))  # one host read; NaN or infinity on any rank survives the sum
     if ddp:
         dist.all_reduce(found)
     step_loss, step_norm, *found = found.tolist()
-    if not math.isfinite(step_loss) or not math.isfinite(step_norm):
-        fail(f'step {step + 1}: loss {step_loss}, gradient norm {step_norm}; stopped before the update, no checkpoint holds it '
-             '(try a lower lr or more lr_warmup_steps)', 1)
+    fail_if(not math.isfinite(step_loss) or not math.isfinite(step_norm), f'step {step + 1}: loss {step_loss}, gradient norm {step_norm}; '
+            'stopped before the update, no checkpoint holds it (try a lower lr or more lr_warmup_steps)', 1)
     if vector_size and puzzle_emb_lr > 0:
         sign_sgd(raw_model.puzzle_emb.weights, *used, puzzle_emb_lr * scale, puzzle_emb_weight_decay)
     for o in optimizers:
         o.step()
         o.zero_grad(set_to_none=True)
     if ema:
-        with torch.no_grad():
-            torch._foreach_lerp_(list(judge.parameters()), list(raw_model.parameters()), 1 - ema_rate)
+        move_average(judge, raw_model, ema_rate)
     carries = after
 
     # -- reporting only
@@ -618,7 +579,7 @@ for step in range(start_step, max_steps + 1):
         dt, mean_loss = seconds / timed_steps, progress['loss_sum'] / progress['loss_count']
         halted = dict(zip(METRICS, progress['sums'], strict=True))
         cells, exact, turns = (halted[name] / max(1, halted['count']) for name in ('accuracy', 'exact_accuracy', 'steps'))
-        mfu = f'{100 * flops_per_step / dt / world_size / peak_flops:.1f}%' if peak_flops else '-'
+        mfu = f'{100 * raw_model.flops_per_slot() * global_batch_size / dt / world_size / peak_flops:.1f}%' if peak_flops else '-'
         minutes = int(dt * (max_steps - step - 1) / 60)
         log(f'step {step + 1}/{max_steps} ({100 * (step + 1) / max_steps:.2f}%) | loss {mean_loss:.6f} | exact {exact:.4f} | cells {cells:.4f} | '
             f'halts after {turns:.2f} | lr {peak_lr * scale:.2e} | norm {step_norm:.2f} | dt {1000 * dt:.0f}ms | '

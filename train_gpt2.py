@@ -29,12 +29,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from configurator import configure, fail, master, nearby, print0
-from model import GPT, GPT_SIZES, PEAK_FLOPS, GPTConfig, encoding_for_all, hellaswag_scores, open_hellaswag, open_shards, printable, shard_rows, tokenizer_of
-from model import begin_gpt, export_files, fit_weights, load_whole_weights, path_of_gpt, read_gpt, whole_weights
-from model import NO_WANDB, agree, ahead, cannot_write, cpu_group, everyone, find_device, first_readable, generator_states, git_commit, on_cpu, open_log
-from model import load_optimizer_state, make_optimizers, norms_by_part, optimizer_state, sum_gradients, tensor_parallel, total_norm
-from model import rotate, same_data, seed_generators, set_generator_states, start_wandb, steps_on_disk, write_together, write_whole
+from configurator import configure, fail, fail_if, master, nearby, print0
+from model import GPT, GPT_SIZES, PEAK_FLOPS, GPTConfig, begin_gpt, encoding_for_all, export_files, fit_weights, git_commit, hellaswag_scores
+from model import load_optimizer_state, load_whole_weights, make_optimizers, norms_by_part, open_hellaswag, open_shards, optimizer_state, path_of_gpt, printable
+from model import read_gpt, shard_rows, shared_out, sum_gradients, tensor_parallel, tokenizer_of, total_norm, whole_weights
+from model import NO_WANDB, agree, ahead, append, cannot_write, cpu_group, differ, everyone, find_device, first_readable, generator_states, on_cpu
+from model import open_log, rotate, same_data, seed_generators, set_generator_states, start_wandb, steps_on_disk, watch_signals, write_together, write_whole
 
 # ---- settings ------------------------------------------------------------------------------------------------------
 # i/o
@@ -127,20 +127,16 @@ def newest_first():
 def checkpoint_of(path):  # one dict, whatever the files; ValueError if it is damaged
     return read_gpt(path, whole=True)
 
-if eval_only + (generate != '') + (export != '') > 1:
-    fail('--eval_only, --generate and --export are three launches: give one')
-if 'init_from' in config.typed_here and init_from != 'scratch' and checkpoint_path:
-    fail('--init_from and --checkpoint_path name two beginnings: give one')
+fail_if(eval_only + (generate != '') + (export != '') > 1, '--eval_only, --generate and --export are three launches: give one')
+fail_if('init_from' in config.typed_here and init_from != 'scratch' and checkpoint_path, '--init_from and --checkpoint_path name two beginnings: give one')
 if 'init_from' in config.typed_here and init_from != 'scratch' and read_only:  # in a run's config.py it says where that run began
     config.assign('checkpoint_path', path_of_gpt('init_from', init_from))
-if export and (os.path.isfile(export) or os.path.isdir(export) and os.listdir(export)):
-    fail(f'--export={export} is there already: name a new folder')
+fail_if(export and (os.path.isfile(export) or os.path.isdir(export) and os.listdir(export)), f'--export={export} is there already: name a new folder')
 
 # ---- stored run (=) ------------------------------------------------------------------------------------------------
 # Which checkpoint this launch reads, if any. What was typed when that run began counts as typed again, unless anew.
 reading = resume or auto_resume or read_only
-if checkpoint_path and not reading:
-    fail(f'--checkpoint_path={checkpoint_path} does nothing by itself: add --resume to continue from it')
+fail_if(checkpoint_path and not reading, f'--checkpoint_path={checkpoint_path} does nothing by itself: add --resume to continue from it')
 found = [checkpoint_path] if checkpoint_path else newest_first() if reading else []
 checkpoint, checkpoint_file, damaged = first_readable(found, checkpoint_of, checkpoint_path_of, strict=checkpoint_path != '' and not lenient,
                                                       weights_too=checkpoint_path != '' or read_only)
@@ -162,7 +158,7 @@ elif checkpoint:
 config.assign('log_dir', run_dir)
 if read_only and 'model_parallel' not in typed_now:
     config.assign('model_parallel', False)  # a stored one: files hold whole tensors
-checkpoint, checkpoint_file = begin_gpt('init_from', [init_from] if init_from != 'scratch' else [], config, checkpoint, checkpoint_file, strict=True)
+checkpoint, checkpoint_file = begin_gpt('init_from', config, checkpoint, checkpoint_file, strict=True)
 config.fill({**GPT_SIZES[model], **{
     'tiny': dict(batch_size=16, total_batch_size=2048, val_tokens=131072, max_lr=4e-3, warmup_steps=100, max_steps=1250, eval_interval=250,
                  generate_interval=500, checkpoint_interval=250, log_interval=50, min_seq_length=16, max_seq_length=128),
@@ -177,15 +173,11 @@ schedule, cycles = lr_scheduler if decay_lr else 'constant', lr_restarts + 1
 shape = ('block_size', 'n_layer', 'n_head', 'n_embd', 'activation')  # settings that a resumed model cannot change
 data_parallel = not model_parallel  # False: the script sums the gradients itself, without DistributedDataParallel
 rank_state, own_progress = dict, {}  # what each rank alone knows beside its generators, and what this script alone remembers: nothing
-if max(dropout, beta1, beta2) >= 1:
-    fail('dropout, beta1 and beta2 must be less than 1')
-if any(type(s) is not int for s in permanent):
-    fail(f'permanent_checkpoints {permanent} must be whole numbers')
-if n_embd % n_head:
-    fail(f'n_embd {n_embd} is not a multiple of n_head {n_head}')
+fail_if(max(dropout, beta1, beta2) >= 1, 'dropout, beta1 and beta2 must be less than 1')
+fail_if(any(type(s) is not int for s in permanent), f'permanent_checkpoints {permanent} must be whole numbers')
+fail_if(n_embd % n_head, f'n_embd {n_embd} is not a multiple of n_head {n_head}')
 for name, refused in dict(compile=compile, optimizer=optimizer != 'adamw', dropout=dropout > 0, dtype=dtype == 'float16').items():
-    if model_parallel and refused:
-        fail(f'--model_parallel does not work with --{name}={config[name]}')
+    fail_if(model_parallel and refused, f'--model_parallel does not work with --{name}={config[name]}')
 
 # ---- distributed (=) -----------------------------------------------------------------------------------------------
 ddp = 'RANK' in os.environ  # set by torchrun
@@ -207,15 +199,7 @@ if deterministic:
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     torch.use_deterministic_algorithms(True)
 torch.manual_seed(seed)  # the same first weights on every rank; each rank's own generators are seeded or restored after them
-stop_signal, trouble = 0, ''  # what poll() acts upon
-
-def on_signal(number, frame):
-    global stop_signal
-    stop_signal = number
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process at once; SIGTERM may come from several sides
-
-for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, on_signal)
+stop = watch_signals()  # SIGTERM and Ctrl-C leave their number in it, a full disk its message: poll() acts upon them
 
 # ---- data ----------------------------------------------------------------------------------------------------------
 model_ranks = model_parallel_size if model_parallel else 1  # that work on the same rows
@@ -273,16 +257,14 @@ encoding = encoding_for_all(tokenizer['tokenizer'], needed=generate or export)
 
 hellaswag = []
 if hellaswag_interval > 0 and not (generate or export):
-    if not encoding:
-        fail('HellaSwag needs the tokenizer, see above')
+    fail_if(not encoding, 'HellaSwag needs the tokenizer, see above')
     try:
         hellaswag = open_hellaswag(hellaswag_root, encoding)
     except ValueError as error:
         fail(f'{error}; `python prepare/hellaswag.py` makes it, or --hellaswag_interval=-1')
 
 # ---- model ---------------------------------------------------------------------------------------------------------
-if 0 < vocab_size < tokenizer['vocab_size']:
-    fail(f'vocab_size {vocab_size} is smaller than the vocabulary of the data, {tokenizer["vocab_size"]}')
+fail_if(0 < vocab_size < tokenizer['vocab_size'], f'vocab_size {vocab_size} is smaller than the vocabulary of the data, {tokenizer["vocab_size"]}')
 padded_vocab = vocab_size if vocab_size > 0 else -(-tokenizer['vocab_size'] // 64) * 64
 raw_model = GPT(GPTConfig(block_size, padded_vocab, n_layer, n_head, n_embd, dropout, activation)).to(device)
 if model_parallel:
@@ -324,15 +306,9 @@ progress = dict(val_loss=math.inf, best_val_loss=math.inf, best_step=-1, loss_su
 
 def log(line, prefix='', show=True):
     """Append a line to log.txt and print it (rank 0)."""
-    global stop_signal, trouble
     if show:
         print0(line)
-    data = (prefix + line + '\n').encode()
-    try:
-        while data and log_descriptor >= 0:
-            data = data[os.write(log_descriptor, data):]
-    except OSError as error:
-        stop_signal, trouble = 1000, cannot_write(log_path, error)  # all ranks end in poll()
+    append(log_path, log_descriptor, prefix + line + '\n', stop)
 
 def take_snapshot(before=None):
     """At the start of a step; again, given the first one, when its evaluation is done: the generators are those of the start."""
@@ -367,13 +343,12 @@ def leave(code):
 def poll():
     """Has any rank been told to stop? Then write the last whole step and leave. Called by all ranks, between micro-steps
     and evaluation batches: what this step has drawn or summed up so far is forgotten and done again after the resume."""
-    told = stop_signal
+    told = stop.number
     if ddp:
         flag = torch.tensor(told)
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=cpu_group())
         told = int(flag)
-    if told == 1000:
-        fail(trouble, 1)
+    fail_if(told == 1000, stop.trouble, 1)
     if told > 0:
         print0(f'stopped by {signal.Signals(told).name}')
         if not read_only and not (resumed and snapshot['step'] == start_step and os.path.exists(checkpoint_path_of(start_step))):
@@ -400,10 +375,8 @@ if reseeded:
 new_ranks = [r for r, new in enumerate(everyone(reseeded)) if new]
 if resumed and new_ranks:
     print0(f'ranks {new_ranks} are new, or on another kind of device: their generators are seeded from (seed, rank, step)')
-if start_step > max_steps:
-    fail(f'{checkpoint_file} is at step {start_step}, beyond max_steps {max_steps}')
-if len(set(everyone(start_step))) > 1:
-    fail(f'the ranks found different checkpoints in {run_dir}: it must lie where all nodes see it')
+fail_if(start_step > max_steps, f'{checkpoint_file} is at step {start_step}, beyond max_steps {max_steps}')
+fail_if(differ(start_step), f'the ranks found different checkpoints in {run_dir}: it must lie where all nodes see it')
 if master and not read_only:
     try:
         log_descriptor = open_log(log_path, checkpoint_path_of, checkpoint_of, checkpoint if resumed else None, checkpoint_file, checkpoint_path != '')
@@ -452,17 +425,17 @@ def evaluate():
 
 def evaluate_hellaswag():
     """Logs and returns the hellaswag_scores; rows of like length together, split over the ranks."""
-    raw_model.eval()
-    losses, rows = {}, [(context + ending, len(ending)) for context, endings, _ in hellaswag for ending in endings]
+    rows = [(context + ending, len(ending)) for context, endings, _ in hellaswag for ending in endings]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
-    for begin in range(data_rank * batch_size, len(rows) + data_rank * batch_size, batch_size * data_ranks):  # as many on every rank
-        poll()
-        chosen = order[begin:begin + batch_size] or order[-1:]
+
+    def losses(turn, chosen):
         with autocast:
-            losses.update(zip(chosen, raw_model.ending_losses([rows[i] for i in chosen]).tolist(), strict=True))
+            return raw_model.ending_losses([rows[i] for i in chosen]).tolist()
+
+    raw_model.eval()
+    losses = shared_out([order[i:i + batch_size] for i in range(0, len(order), batch_size)], data_rank, data_ranks, poll, losses)
     raw_model.train()
-    losses = {i: loss for found in everyone(losses) for i, loss in found.items()}
-    acc, acc_norm = hellaswag_scores(hellaswag, [losses[i] for i in range(len(rows))])
+    acc, acc_norm = hellaswag_scores(hellaswag, losses)
     log(f'step {step}/{max_steps} | hellaswag acc {acc:.4f} | acc_norm {acc_norm:.4f}')
     return dict(hellaswag_acc=acc, hellaswag_acc_norm=acc_norm)
 
@@ -474,7 +447,7 @@ def sample(text, seed):
         poll()
         with autocast:
             ids = raw_model.generate(prompt, max_new_tokens, temperature, top_k, top_p, tokenizer['vocab_size'], tokenizer['eot'], generator,
-                                     stop=lambda: stop_signal)
+                                     stop=lambda: stop.number)
         texts.append(encoding.decode([i for i in ids[0].tolist() if i != tokenizer['eot']]))
     return [printable(text) for text in texts]
 
@@ -517,13 +490,12 @@ for step in range(start_step, max_steps + 1):
     snapshot = take_snapshot()
     if step > start_step or not top_done:
         if eval_interval > 0 and step % eval_interval == 0 or last:
-            progress['val_loss'] = evaluate()
-            log(f'step {step}/{max_steps} | val loss {progress["val_loss"]:.4f}')
-            if not math.isfinite(progress['val_loss']):
-                fail(f'step {step}: validation loss {progress["val_loss"]}; stopped, no checkpoint holds it (try a lower max_lr)', 1)
-            wandb_run.log({'val/loss': progress['val_loss']}, step=step)
-            if progress['val_loss'] < progress['best_val_loss']:
-                progress.update(best_val_loss=progress['val_loss'], best_step=step)
+            val_loss = progress['val_loss'] = evaluate()
+            log(f'step {step}/{max_steps} | val loss {val_loss:.4f}')
+            fail_if(not math.isfinite(val_loss), f'step {step}: validation loss {val_loss}; stopped, no checkpoint holds it (try a lower max_lr)', 1)
+            wandb_run.log({'val/loss': val_loss}, step=step)
+            if val_loss < progress['best_val_loss']:
+                progress.update(best_val_loss=val_loss, best_step=step)
                 snapshot['progress'] = dict(progress)
                 save(checkpoint_path_of('best'))
         if hellaswag and step and (step % hellaswag_interval == 0 or last):
@@ -569,9 +541,8 @@ for step in range(start_step, max_steps + 1):
         dist.all_reduce(report)
     step_loss, step_norm = report.tolist()
     overflow = scaler.is_enabled() and not math.isfinite(step_norm) and scaler.get_scale() > 1  # the scaler skips it and scales less
-    if not math.isfinite(step_loss) or not math.isfinite(step_norm) and not overflow:
-        fail(f'step {step + 1}: loss {step_loss}, gradient norm {step_norm}; stopped before the update, no checkpoint holds it '
-             '(try a lower max_lr or more warmup_steps)', 1)
+    fail_if(not math.isfinite(step_loss) or not math.isfinite(step_norm) and not overflow, f'step {step + 1}: loss {step_loss}, gradient norm {step_norm}; '
+            'stopped before the update, no checkpoint holds it (try a lower max_lr or more warmup_steps)', 1)
     for o in optimizers:
         if not overflow:  # the scaler itself would skip only those that saw it
             scaler.step(o)

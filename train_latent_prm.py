@@ -37,11 +37,12 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from configurator import configure, fail, master, nearby, print0
-from model import PEAK_FLOPS, PRM_FILES, Qwen3Config, QwenLatentPRM, bucketed, choice_lines, compared, find_model, judged, open_paths, padded_paths, read_prm
-from model import NO_WANDB, agree, ahead, cannot_write, cpu_group, everyone, find_device, first_readable, generator_states, git_commit, on_cpu, open_log
-from model import load_optimizer_state, make_optimizers, newest, optimizer_state, prm_checkpoints, prm_step, read_whole, rotate, same_data, set_aside
-from model import seed_generators, set_generator_states, sha256, start_wandb, steps_on_disk, table_lines, total_norm, without_nan, write_together, write_whole
+from configurator import configure, fail, fail_if, master, nearby, print0
+from model import PEAK_FLOPS, QwenLatentPRM, bucketed, by_question, check_paths, choice_lines, compared, find_model, git_commit, load_optimizer_state
+from model import make_optimizers, newest_prm_run, open_split, optimizer_state, ordered_pairs, padded_paths, path_tensors, paths_of, prm_checkpoints, prm_files
+from model import prm_line, prm_report, prm_step, read_prm, set_aside_later, shared_out, table_lines, total_norm, training_stats
+from model import NO_WANDB, agree, ahead, append, cannot_write, cpu_group, differ, everyone, find_device, first_readable, generator_states, on_cpu
+from model import open_log, rotate, same_data, seed_generators, set_generator_states, start_wandb, steps_on_disk, watch_signals, write_together, write_whole
 
 # ---- settings ------------------------------------------------------------------------------------------------------
 # i/o
@@ -103,9 +104,9 @@ seed = 42                        # of the split, data order and dropout; 0 = a s
 
 # ---- command line --------------------------------------------------------------------------------------------------
 config = configure(globals(), aliases={
-    'log_dir': 'output_dir', 'data_root': 'data_dir', 'grad_accumulation_steps': 'gradient_accumulation_steps', 'max_lr': 'learning_rate',
-    'lr': 'learning_rate', 'grad_clip': 'max_grad_norm', 'eval_interval': 'val_steps', 'checkpoint_interval': 'save_steps',
-    'keep_last_n_checkpoints': 'save_total_limit', 'log_interval': 'logging_steps', 'dropout': 'dropout_prob'})
+    'log_dir': 'output_dir', 'data_root': 'data_dir', 'grad_accumulation_steps': 'gradient_accumulation_steps', 'log_interval': 'logging_steps',
+    'max_lr': 'learning_rate', 'lr': 'learning_rate', 'grad_clip': 'max_grad_norm', 'eval_interval': 'val_steps', 'checkpoint_interval': 'save_steps',
+    'keep_last_n_checkpoints': 'save_total_limit', 'dropout': 'dropout_prob'})
 
 # ---- run folder ----------------------------------------------------------------------------------------------------
 typed_now = set(config.given)  # a resume adds what was typed when the run began
@@ -114,16 +115,11 @@ def folders(names):
     """{path: step} of the checkpoints in run_dir whose names fit."""
     return prm_checkpoints(os.path.join(glob.escape(run_dir), '*'), names)
 
-if 'ask' in typed_now and not ask.strip():
-    fail('--ask: the question is empty')
-if eval_only and ask:
-    fail('--eval_only and --ask are launches of their own: give one')
+fail_if('ask' in typed_now and not ask.strip(), '--ask: the question is empty')
+fail_if(eval_only and ask, '--eval_only and --ask are launches of their own: give one')
 read_only = eval_only or ask != ''       # these modes read a checkpoint and start no run
 lenient = False                          # True: a typed checkpoint that cannot be read is a warning, not the end
-run_dir = output_dir
-if not (output_dir or checkpoint_path) and (auto_resume or resume or read_only):
-    found = prm_checkpoints(os.path.join('checkpoints', 'qwen_prm_*', '*'), r'checkpoint-\d+|epoch_\d+|final')
-    run_dir = os.path.dirname(os.path.dirname(newest(os.path.join(path, 'training_state.json') for path in found)))
+run_dir = output_dir or newest_prm_run() * (not checkpoint_path and (auto_resume or resume or read_only))
 run_dir = run_dir or os.path.join('checkpoints', 'qwen_prm_' + time.strftime('%Y%m%d_%H%M%S'))
 run_dir_typed, log_name = 'output_dir' in typed_now, 'training.log'
 
@@ -146,8 +142,7 @@ if elsewhere and not (checkpoint_path or auto_resume or resume or read_only or f
 # ---- stored run (=) ------------------------------------------------------------------------------------------------
 # Which checkpoint this launch reads, if any. What was typed when that run began counts as typed again, unless anew.
 reading = resume or auto_resume or read_only
-if checkpoint_path and not reading:
-    fail(f'--checkpoint_path={checkpoint_path} does nothing by itself: add --resume to continue from it')
+fail_if(checkpoint_path and not reading, f'--checkpoint_path={checkpoint_path} does nothing by itself: add --resume to continue from it')
 found = [checkpoint_path] if checkpoint_path else newest_first() if reading else []
 checkpoint, checkpoint_file, damaged = first_readable(found, checkpoint_of, checkpoint_path_of, strict=checkpoint_path != '' and not lenient,
                                                       weights_too=checkpoint_path != '' or read_only)
@@ -183,14 +178,11 @@ own_progress = dict(best_score=math.inf, best_loss=math.inf, step_numbers=[], st
                     epoch_sum=0.0, epoch_count=0, report={}, table={})
 mixed = mixed_precision and (device or 'cuda').startswith('cuda') and torch.cuda.is_available()
 dtype = 'float32' if not mixed else 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
-if max(dropout_prob, beta1, beta2) >= 1 or learning_rate <= 0:
-    fail('dropout_prob, beta1 and beta2 must be less than 1, and learning_rate more than 0')
-if warmup_ratio > 1 or val_size > 1 or val_size == 1 and not read_only:
-    fail('warmup_ratio and val_size are shares, and without --eval_only some questions must be left to learn from')
-if any(type(s) is not int for s in permanent):
-    fail(f'permanent_checkpoints {permanent} must be whole numbers')
-if best_metric not in ('auto', 'train_loss') and val_size == 0:
-    fail(f'--best_metric={best_metric} needs held-out questions, --val_size is 0')
+fail_if(max(dropout_prob, beta1, beta2) >= 1 or learning_rate <= 0, 'dropout_prob, beta1 and beta2 must be less than 1, and learning_rate more than 0')
+fail_if(max(warmup_ratio, val_size) > 1, 'warmup_ratio and val_size are shares, at most 1')
+fail_if(val_size == 1 and not read_only, '--val_size=1: without --eval_only some questions must be left to learn from')
+fail_if(any(type(s) is not int for s in permanent), f'permanent_checkpoints {permanent} must be whole numbers')
+fail_if(best_metric not in ('auto', 'train_loss') and val_size == 0, f'--best_metric={best_metric} needs held-out questions, --val_size is 0')
 
 # ---- distributed (=) -----------------------------------------------------------------------------------------------
 ddp = 'RANK' in os.environ  # set by torchrun
@@ -212,55 +204,33 @@ if deterministic:
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     torch.use_deterministic_algorithms(True)
 torch.manual_seed(seed)  # the same first weights on every rank; each rank's own generators are seeded or restored after them
-stop_signal, trouble = 0, ''  # what poll() acts upon
-
-def on_signal(number, frame):
-    global stop_signal
-    stop_signal = number
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process at once; SIGTERM may come from several sides
-
-for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, on_signal)
+stop = watch_signals()  # SIGTERM and Ctrl-C leave their number in it, a full disk its message: poll() acts upon them
 
 # ---- data ----------------------------------------------------------------------------------------------------------
-# A part of the questions is held out, with all their paths. An epoch is a list of micro-batches of batch_size paths of like length (see bucketed), or for
-# --loss=rank of neighbouring paths of a question, and every gradient_accumulation_steps of them are a step; an epoch's last step takes what is left, so
-# that one epoch is every path once. The order depends on seed and step alone. The micro-batches are shared out among the ranks; where there are fewer
-# than ranks, their paths are. A loss is divided by the count of the whole step, so it does not matter who has how many.
+# A part of the questions is held out, with all their paths. An epoch is a list of micro-batches of batch_size paths of like length (see bucketed; for
+# --loss=rank by_question), and every gradient_accumulation_steps of them are a step; its last step takes what is left, so that an epoch is every path once.
+# The order depends on seed and step alone. The micro-batches are shared out among the ranks; where there are fewer than ranks, their paths are. A loss is
+# divided by the count of the whole step, so it does not matter who has how many.
 run_dir = everyone(run_dir)[0]  # a name that the clock gave is rank 0's
 config.assign('output_dir', run_dir)
-
-def read_data():
-    """(paths, questions, facts, the rows of those to learn from, of those held out); ValueError."""
-    paths, questions, facts = open_paths(data_dir, max_seq_length, not use_prm_score)
-    if question_context and any(question['ids'] is None for question in questions):
-        raise ValueError(f'the files in {data_dir} do not hold the tokens of all questions: --question_context=False does without')
-    count = len(questions) if val_size == 1 else min(len(questions) - 1, max(1, round(val_size * len(questions)))) if val_size else 0
-    held_out = np.isin(paths['question'], np.random.default_rng([seed, 1]).permutation(len(questions))[:count])
-    return paths, questions, facts, np.flatnonzero(~held_out), np.flatnonzero(held_out)
-
 if ask:  # needs no data
     train_rows = val_rows = []
 else:
     try:
-        paths, questions, facts, train_rows, val_rows = read_data()
+        paths, questions, facts, train_rows, val_rows = open_split(data_dir, config)
     except ValueError as error:
         how = ' --task=arithmetic --max_samples=4000 --max_new_tokens=16 --num_paths=8' * (preset == 'tiny')
         how = f'; to collect paths: `python prepare/latent_prm.py --model_path={model_path} --output_dir={data_dir}{how}`' * ('No .pt' in str(error))
         fail(f'✗ ERROR: {error}{how}')
-    if len(set(map(str, everyone((checkpoint_file, facts))))) > 1:
-        fail(f'the ranks see different checkpoints or paths: {checkpoint_file or "no checkpoint"} and {data_dir} must be the same on all nodes')
+    fail_if(differ((checkpoint_file, facts)), f'the ranks differ: {checkpoint_file or "the checkpoint"} and {data_dir} must be the same on all nodes')
     question_lengths = np.array([len(question['ids']) if question_context else 0 for question in questions])
-    lengths = np.array([len(latents) for latents in paths['latents']])
-    full_lengths = lengths + question_lengths[paths['question']]
+    full_lengths = np.array([len(latents) for latents in paths['latents']]) + question_lengths[paths['question']]
 batches_per_epoch = -(-len(train_rows) // batch_size)
 steps_per_epoch = max(1, -(-batches_per_epoch // gradient_accumulation_steps))
 if 'num_epochs' in typed_now and 'max_steps' not in typed_now:
     config.assign('max_steps', -1)  # a stored one
-if max_steps < 0:  # of this launch alone: the setting stays -1
-    max_steps = num_epochs * steps_per_epoch
-if read_only:
-    max_steps = max(max_steps, checkpoint.get('step', 0))
+max_steps = num_epochs * steps_per_epoch if max_steps < 0 else max_steps  # of this launch alone: the setting stays -1
+max_steps = max(max_steps, checkpoint.get('step', 0)) if read_only else max_steps
 epochs, warmup = -(-max_steps // steps_per_epoch), math.ceil(warmup_ratio * max_steps)
 accumulation = -(-gradient_accumulation_steps // world_size)  # micro-steps per step
 cut = gradient_accumulation_steps % world_size > 0 and objective != 'rank'
@@ -268,13 +238,9 @@ cut = gradient_accumulation_steps % world_size > 0 and objective != 'rank'
 @lru_cache(maxsize=2)
 def micro_batches(epoch):
     """The micro-batches of an epoch, arrays of row numbers."""
-    if objective != 'rank':
-        return [train_rows[chosen] for chosen in bucketed(full_lengths[train_rows], batch_size, seed, epoch)]
-    generator = np.random.default_rng([seed, epoch])  # a question's paths stand side by side: what is compared must be in one micro-batch
-    order = generator.permutation(len(train_rows))
-    order = train_rows[order[np.argsort(generator.permutation(len(questions))[paths['question'][train_rows[order]]], kind='stable')]]
-    batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
-    return [batches[i] for i in generator.permutation(len(batches))]
+    if objective == 'rank':
+        return by_question(paths['question'], train_rows, batch_size, seed, epoch)
+    return [train_rows[chosen] for chosen in bucketed(full_lengths[train_rows], batch_size, seed, epoch)]
 
 def loader_state(step):
     """Where the data of this step begins, and in which data."""
@@ -290,50 +256,21 @@ def micro_steps_of(step):
     """How many micro-steps it takes: an epoch's last step may need fewer than `accumulation`."""
     return accumulation if cut else -(-len(parts_of(step)) // world_size)
 
-def ordered_pairs(chosen):
-    """(m, 2): places in `chosen` of two paths of one question, the first with the higher score."""
-    target, question = paths['target'][chosen], paths['question'][chosen]
-    return np.argwhere((question[:, None] == question) & (target[:, None] > target))
-
-def padded(chosen):
-    """What the model reads of these rows, see padded_paths."""
-    ids = [questions[paths['question'][row]]['ids'] for row in chosen] if question_context else None
-    return padded_paths([paths['latents'][row] for row in chosen], ids, 8 if compile else 1)
-
 def batch(step, micro_step):
     """(inputs of the model, targets (b,), their weights (b,), pairs (m, 2), paths and pairs of the whole step): what this rank sees in this micro-step."""
     parts, part = parts_of(step), micro_step * world_size + rank
-    count, pairs_count = sum(map(len, parts)), sum(len(ordered_pairs(chosen)) for chosen in parts) if objective == 'rank' else 0
+    count, pairs_count = sum(map(len, parts)), sum(len(ordered_pairs(paths, rows)) for rows in parts) if objective == 'rank' else 0
     if cut:  # the paths of the step into as many parts as there are ranks and micro-steps
-        rows, n = np.concatenate(parts), accumulation * world_size
-        parts = [rows[len(rows) * i // n:len(rows) * (i + 1) // n] for i in range(n)]
-    chosen = parts[part] if part < len(parts) else []
-    nothing = not len(chosen)
-    chosen = parts_of(step)[0][:1] if nothing else chosen
-    inputs, targets = padded(chosen), torch.tensor(paths['target'][chosen]).to(torch.get_default_dtype())
-    weights, pairs = torch.ones(len(chosen)), torch.from_numpy(ordered_pairs(chosen) if objective == 'rank' else np.zeros((0, 2), np.int64))
-    if nothing:  # is left for this rank, but all must take part: a path of nothing that weighs nothing
-        inputs[0].zero_(), weights.zero_()
-    tensors = [*inputs, targets, weights, pairs]
+        parts = np.array_split(np.concatenate(parts), accumulation * world_size)
+    tensors = path_tensors(paths, parts[part] if part < len(parts) else [], questions if question_context else None, 8 if compile else 1, objective == 'rank')
     return [t.pin_memory() if t is not None and device_type == 'cuda' else t for t in tensors], count, pairs_count
-
-def on_device(tensors):
-    return [None if t is None else t.to(device, non_blocking=True) for t in tensors]
 
 # ---- model ---------------------------------------------------------------------------------------------------------
 try:
     model_folder = find_model(model_path)
-    qwen = Qwen3Config.from_json(read_whole(os.path.join(model_folder, 'config.json')))
-    hidden_size, positions = qwen.hidden_size, qwen.max_position_embeddings
-    if not ask and full_lengths.max(initial=0) > positions:
-        raise ValueError(f'a path of {data_dir} is {full_lengths.max()} long, this model has {positions} positions: a smaller --max_seq_length fits')
-    for question in questions if question_context and not ask else ():
-        if len(question['ids']) and not 0 <= int(question['ids'].min()) <= int(question['ids'].max()) < qwen.vocab_size:
-            raise ValueError(f'{data_dir}: the question_ids of {question["text"][:60]!r} are not all in 0 to {qwen.vocab_size - 1}')
-    if not ask and facts['hidden_size'] != hidden_size:
-        raise ValueError(f'the latents in {data_dir} are {facts["hidden_size"]} wide, the hidden size of this model is {hidden_size}: they were collected from '
-                         'another one (Qwen3-0.6B has 1024, Qwen2.5-0.5B 896)')
     raw_model = QwenLatentPRM(model_folder, pooling_strategy, dropout_prob, question_context).to(device, torch.get_default_dtype())
+    if not ask:
+        check_paths(data_dir, raw_model.config, facts['hidden_size'], full_lengths.max(initial=0), questions if question_context else ())
 except (ValueError, OSError) as error:
     fail(f'✗ ERROR: --model_path={model_path}: {error}')
 raw_model.model.grad_checkpoint = grad_checkpoint
@@ -345,17 +282,8 @@ optimizers = make_optimizers(raw_model, 'adamw', peak_lr, weight_decay, (beta1, 
 
 def state_files(run):
     """{file name: content} of a checkpoint, '' for a single file. run: the part that all scripts share (see save)."""
-    state = {name: None if value == math.inf else value for name, value in run.items() if name != 'ranks'}
-    shape = dict(raw_model.config.to_json(), pooling_strategy=pooling_strategy, question_context=question_context, dropout_prob=dropout_prob,
-                 total_parameters=sum(p.numel() for p in raw_model.parameters()), trainable_parameters=sum(p.numel() for p in parameters))
-    return {
-        'pytorch_model.bin': on_cpu(dict(raw_model.state_dict())),  # on the CPU: the guide's torch.load has no map_location
-        'optimizer.pt': optimizer_state(raw_model, optimizers),
-        'scheduler.pt': dict(step=run['step'], lr=get_lr(run['step']), scaler=scaler.state_dict(), ranks=run['ranks'],
-                             train_loader_state=loader_state(run['step'])),
-        'config.json': shape,
-        'training_state.json': lambda folder: dict(state, sha256={name: sha256(os.path.join(folder, name)) for name in PRM_FILES}),
-    }
+    return prm_files(run, raw_model, optimizer_state(raw_model, optimizers), dict(
+        lr=get_lr(run['step']), scaler=scaler.state_dict(), train_loader_state=loader_state(run['step'])))
 
 def load_weights(checkpoint):
     raw_model.load_state_dict(checkpoint['model'])
@@ -369,11 +297,8 @@ def load_training(checkpoint):
         checkpoint['best_score'] = math.inf  # scores of another kind cannot be compared
     there = checkpoint['train_loader_state']
     same_data(there, loader_state(checkpoint['step']), ('seed', 'max_seq_length', 'use_prm_score', 'files'), data_dir)
-    in_place = checkpoint_path and os.path.isdir(run_dir) and os.path.samefile(os.path.dirname(os.path.normpath(checkpoint_file)) or '.', run_dir)
-    for path, step in folders(r'epoch_\d+|final').items() if master and in_place and checkpoint['step'] <= max_steps else ():
-        if step > checkpoint['step']:  # of another future, as what the next section sets aside
-            set_aside([path])
-            print0(f'set aside too: {path}')
+    if master and checkpoint_path and checkpoint['step'] <= max_steps:  # of another future, as what the next section sets aside
+        set_aside_later(folders(r'epoch_\d+|final'), checkpoint['step'], checkpoint_file)
 
 # ---- checkpoint (=) ------------------------------------------------------------------------------------------------
 # step: completed optimizer steps. progress: plain numbers that a resume continues. snapshot: what a checkpoint of this step
@@ -383,15 +308,9 @@ progress = dict(val_loss=math.inf, best_val_loss=math.inf, best_step=-1, loss_su
 
 def log(line, prefix='', show=True):
     """Append a line to log.txt and print it (rank 0)."""
-    global stop_signal, trouble
     if show:
         print0(line)
-    data = (prefix + line + '\n').encode()
-    try:
-        while data and log_descriptor >= 0:
-            data = data[os.write(log_descriptor, data):]
-    except OSError as error:
-        stop_signal, trouble = 1000, cannot_write(log_path, error)  # all ranks end in poll()
+    append(log_path, log_descriptor, prefix + line + '\n', stop)
 
 def take_snapshot(before=None):
     """At the start of a step; again, given the first one, when its evaluation is done: the generators are those of the start."""
@@ -426,13 +345,12 @@ def leave(code):
 def poll():
     """Has any rank been told to stop? Then write the last whole step and leave. Called by all ranks, between micro-steps
     and evaluation batches: what this step has drawn or summed up so far is forgotten and done again after the resume."""
-    told = stop_signal
+    told = stop.number
     if ddp:
         flag = torch.tensor(told)
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=cpu_group())
         told = int(flag)
-    if told == 1000:
-        fail(trouble, 1)
+    fail_if(told == 1000, stop.trouble, 1)
     if told > 0:
         print0(f'stopped by {signal.Signals(told).name}')
         if not read_only and not (resumed and snapshot['step'] == start_step and os.path.exists(checkpoint_path_of(start_step))):
@@ -459,10 +377,8 @@ if reseeded:
 new_ranks = [r for r, new in enumerate(everyone(reseeded)) if new]
 if resumed and new_ranks:
     print0(f'ranks {new_ranks} are new, or on another kind of device: their generators are seeded from (seed, rank, step)')
-if start_step > max_steps:
-    fail(f'{checkpoint_file} is at step {start_step}, beyond max_steps {max_steps}')
-if len(set(everyone(start_step))) > 1:
-    fail(f'the ranks found different checkpoints in {run_dir}: it must lie where all nodes see it')
+fail_if(start_step > max_steps, f'{checkpoint_file} is at step {start_step}, beyond max_steps {max_steps}')
+fail_if(differ(start_step), f'the ranks found different checkpoints in {run_dir}: it must lie where all nodes see it')
 if master and not read_only:
     try:
         log_descriptor = open_log(log_path, checkpoint_path_of, checkpoint_of, checkpoint if resumed else None, checkpoint_file, checkpoint_path != '')
@@ -498,52 +414,27 @@ def losses_of(logits, targets):
     return (logits.sigmoid() - targets) ** 2 if objective == 'mse' else F.binary_cross_entropy_with_logits(logits, targets, reduction='none')
 
 @torch.no_grad()
-def logits_of(rows):
-    """(n,) float64, the model's logits for these paths: split over the ranks, each batch the same whatever their number."""
-    order = np.argsort(full_lengths[rows], kind='stable')
-    batches, found = [order[i:i + 4 * batch_size] for i in range(0, len(order), 4 * batch_size)], {}
-    raw_model.eval()
-    for begin in range(rank, len(batches) + rank, world_size):  # as many turns on every rank
-        poll()
-        if begin < len(batches):
-            with autocast:
-                found[begin] = raw_model(*on_device(padded(rows[batches[begin]]))).double().cpu().numpy()
-    raw_model.train()
-    logits = np.zeros(len(rows))
-    for part in everyone(found):
-        for k, values in part.items():
-            logits[batches[k]] = values
-    return logits
-
-def part_of(rows):
-    """`paths` of these rows."""
-    return {name: [values[row] for row in rows] if isinstance(values, list) else values[rows] for name, values in paths.items()}
-
 def evaluate(full=False):
     """(report, table) on the held-out questions, plain numbers, NaN where one is not defined. full: with the table of all baselines."""
-    logits, held_out = logits_of(val_rows), part_of(val_rows)
-    scores, target = 1 / (1 + np.exp(-np.clip(logits, -500, 500))), held_out['target']
-    each = losses_of(torch.from_numpy(logits), torch.from_numpy(target))
-    mine, constant = judged(scores, held_out), judged(np.ones(len(scores)), held_out)
-    report = dict(val_loss=float(each.mean()), auc=mine['auc'], within_auc=mine['within_auc'], best_of_n=mine['best_of_n'], random_pick=constant['best_of_n'],
-                  majority_vote=constant['weighted_vote'])
-    return report, compared(scores, held_out, part_of(train_rows), questions) if full else {}
+    def logits_of(turn, chosen):
+        inputs = path_tensors(paths, val_rows[chosen], questions if question_context else None, 8 if compile else 1)[:4]
+        with autocast:
+            return raw_model(*(None if t is None else t.to(device) for t in inputs)).double().tolist()
 
-def say(step, report):
-    words = dict(auc='AUC', within_auc='within-question AUC', best_of_n='best of N', random_pick='random pick', majority_vote='majority vote')
-    log(f'step {step}/{max_steps} | val loss {report["val_loss"]:.4f} | ' +
-        ' | '.join(f'{words[name]} {report[name]:.4f}' for name in words if not math.isnan(report[name])) +
-        f' | {len(val_rows):,} paths of {len(set(paths["question"][val_rows])):,} questions')
+    order = np.argsort(full_lengths[val_rows], kind='stable')
+    raw_model.eval()
+    logits = shared_out([order[i:i + 4 * batch_size] for i in range(0, len(order), 4 * batch_size)], rank, world_size, poll, logits_of)
+    raw_model.train()
+    logits, held_out = torch.tensor(logits, dtype=torch.float64), paths_of(paths, val_rows)
+    scores, losses = logits.sigmoid().numpy(), losses_of(logits, torch.from_numpy(held_out['target']))
+    return prm_report(scores, losses, held_out), compared(scores, held_out, paths_of(paths, train_rows), questions) if full else {}
 
 if ask:
-    if ddp:
-        fail('--ask is for one process, without torchrun')
+    fail_if(ddp, '--ask is for one process, without torchrun')
     signal.signal(signal.SIGTERM, signal.SIG_DFL), signal.signal(signal.SIGINT, signal.SIG_DFL)
     from prepare import latent_prm as collect
-    collect.num_paths, collect.num_rollouts, collect.model_path, collect.device, collect.seed = num_paths, 1, model_folder, device, seed
     try:
-        collect.adopt(data_dir)  # as those paths that the scores were learned from
-        prompt, thoughts = collect.think_about(ask)
+        prompt, thoughts = collect.think_about(ask, data_dir, num_paths=num_paths, num_rollouts=1, model_path=model_folder, device=device, seed=seed)
     except ValueError as error:
         fail(f'--ask: {error}')
     latents = [path['latents'].flatten(0, 1)[-max_seq_length:] for path in thoughts]  # as in training; -0 = all
@@ -553,21 +444,18 @@ if ask:
     leave(0)
 
 if eval_only:
-    if not len(val_rows):
-        fail('--eval_only: no questions are held out, --val_size is 0 (1 = all)')
+    fail_if(not len(val_rows), '--eval_only: no questions are held out, --val_size is 0 (1 = all)')
     step = checkpoint.get('step', 0)
     there, here = checkpoint.get('train_loader_state', {}), loader_state(step)
     if there and (any(there.get(name) != here[name] for name in ('seed', 'files')) or checkpoint['config'].get('val_size') != val_size):
         print0('WARNING: not the data, the seed and the val_size of the training: some of these questions may have been learned from')
     report, table = evaluate(full=True)
-    if not math.isfinite(report['val_loss']):
-        fail(f'{checkpoint_file}: its scores are not finite', 1)
-    say(step, report)
+    fail_if(not math.isfinite(report['val_loss']), f'{checkpoint_file}: its scores are not finite', 1)
+    log(f'step {step}/{max_steps} | {prm_line(report)}')
     print0('\n'.join(table_lines(table)))
     path = os.path.join(os.path.dirname(os.path.normpath(checkpoint_file)), 'eval.json')
-    write_together(path, {'': without_nan(dict(
-        step=step, val_loss=report['val_loss'], checkpoint=checkpoint_file, data_dir=data_dir, questions=len(set(paths['question'][val_rows])),
-        paths=len(val_rows), table=table))})
+    found = {name: report[name] for name in ('val_loss', 'questions', 'paths')}
+    write_together(path, {'': dict(found, step=step, checkpoint=checkpoint_file, data_dir=data_dir, table=table)})
     print0(f'wrote {path}')
     leave(0)
 
@@ -577,8 +465,8 @@ padded_length = sum(len(rows) * full_lengths[rows].max() for rows in micro_batch
 target = paths['target'][train_rows]
 total, trained = (sum(p.numel() for p in part) for part in (raw_model.parameters(), parameters))
 for line in (
-    f'{total:,} parameters, {trained:,} of them trained: {raw_model.config.num_hidden_layers} layers, width {hidden_size}, pooling {pooling_strategy}, '
-    + ('question and latents' if question_context else 'latents alone'),
+    f'{total:,} parameters, {trained:,} of them trained: {raw_model.config.num_hidden_layers} layers, width {raw_model.config.hidden_size}, '
+    f'pooling {pooling_strategy}, ' + ('question and latents' if question_context else 'latents alone'),
     f'{len(train_rows):,} paths to learn from, {len(val_rows):,} held out, of {len(questions):,} questions; {facts["left_out"]:,} without latents or a score; '
     f'scores {target.min():.2f} to {target.max():.2f}, {target.mean():.3f} on average',
     f'{max_steps:,} steps of {gradient_accumulation_steps} x {batch_size} paths, {steps_per_epoch:,} an epoch; '
@@ -610,14 +498,13 @@ for step in range(start_step, max_steps + 1):
                 score = train_loss
         if len(val_rows) and (val_steps > 0 and step % val_steps == 0 or epoch_ended or last):
             report, table = evaluate(full=last)
-            say(step, report)
+            log(f'step {step}/{max_steps} | {prm_line(report)}')
             for line in table_lines(table) if table else ():
                 log(line)
             val_loss = report['val_loss']
-            if not math.isfinite(val_loss):
-                fail(f'step {step}: validation loss {val_loss}; stopped, no checkpoint holds it (try a lower learning_rate)', 1)
+            fail_if(not math.isfinite(val_loss), f'step {step}: validation loss {val_loss}; stopped, no checkpoint holds it (try a lower learning_rate)', 1)
             wandb_run.log({f'val/{name}': value for name, value in report.items()}, step=step)
-            progress.update(val_loss=val_loss, best_val_loss=min(progress['best_val_loss'], val_loss), report=without_nan(report), table=without_nan(table),
+            progress.update(val_loss=val_loss, best_val_loss=min(progress['best_val_loss'], val_loss), report=report, table=table,
                             val_step_numbers=[*progress['val_step_numbers'], step], val_losses=[*progress['val_losses'], val_loss])
             metric = ('val_loss' if math.isnan(report['within_auc']) else 'within_auc') if best_metric == 'auto' else best_metric
             if metric != 'train_loss':
@@ -651,7 +538,7 @@ for step in range(start_step, max_steps + 1):
     for micro_step in range(micro_steps):
         poll()
         tensors, count, pairs_count = next(batches)
-        latents, mask, tokens, asked, targets, weights, pairs = on_device(tensors)
+        latents, mask, tokens, asked, targets, weights, pairs = (None if t is None else t.to(device, non_blocking=True) for t in tensors)
         net.require_backward_grad_sync = micro_step == micro_steps - 1  # before the forward: DDP reads it there
         with autocast:
             logits = net(latents, mask, tokens, asked)
@@ -662,8 +549,8 @@ for step in range(start_step, max_steps + 1):
         loss_sum += loss.detach()
         timed_paths, timed_latents = timed_paths + len(latents), timed_latents + latents.size(0) * latents.size(1)
         if log_level == 'DEBUG':
-            print0(f'step {step + 1} micro-step {micro_step + 1}/{micro_steps} | loss {loss.item() * count / len(latents):.6f} | '
-                   f'{len(latents)} x {latents.size(1)} latents | {1000 * (time.perf_counter() - started):.0f}ms')
+            print0(f'step {step + 1} micro-step {micro_step + 1}/{micro_steps} | loss {loss.item() * count / len(latents):.6f} '
+                   f'| {1000 * (time.perf_counter() - started):.0f}ms')
     for o in optimizers:
         scaler.unscale_(o)
     norm = total_norm([p.grad for p in parameters])
@@ -673,9 +560,8 @@ for step in range(start_step, max_steps + 1):
         dist.all_reduce(found)
     step_loss, step_norm = found.tolist()
     overflow = scaler.is_enabled() and not math.isfinite(step_norm) and scaler.get_scale() > 1  # the scaler skips it and scales less
-    if not math.isfinite(step_loss) or not math.isfinite(step_norm) and not overflow:
-        fail(f'step {step + 1}: loss {step_loss}, gradient norm {step_norm}; stopped before the update, no checkpoint holds it '
-             '(try a lower learning_rate or a longer warmup_ratio)', 1)
+    fail_if(not math.isfinite(step_loss) or not math.isfinite(step_norm) and not overflow, f'step {step + 1}: loss {step_loss}, gradient norm {step_norm}; '
+            'stopped before the update, no checkpoint holds it (try a lower learning_rate or a longer warmup_ratio)', 1)
     for o in optimizers:
         if not overflow:
             scaler.step(o)
@@ -691,8 +577,7 @@ for step in range(start_step, max_steps + 1):
     bar.set_postfix(loss=f'{step_loss:.4f}', lr=f'{lr:.2e}')
     if (step + 1) % logging_steps == 0 or step == 0 or step + 1 == max_steps:
         dt, mean_loss = seconds / timed_steps, progress['loss_sum'] / progress['loss_count']
-        flops = 6 * trained * timed_latents * world_size / seconds  # of what is computed, padding too
-        mfu = f'{100 * flops / world_size / peak_flops:.1f}%' if peak_flops else '-'
+        mfu = f'{100 * 6 * trained * timed_latents / seconds / peak_flops:.1f}%' if peak_flops else '-'  # of what is computed, padding too
         minutes = int(dt * (max_steps - step - 1) / 60)
         bar.clear()
         log(f'step {step + 1}/{max_steps} ({100 * (step + 1) / max_steps:.2f}%) | loss {mean_loss:.6f} | lr {lr:.2e} | norm {step_norm:.2f} | '
@@ -703,14 +588,10 @@ for step in range(start_step, max_steps + 1):
         seconds, timed_steps, timed_paths, timed_latents = 0.0, 0, 0, 0
 
 # ---- finish --------------------------------------------------------------------------------------------------------
-lists = ('epoch_losses', 'step_losses', 'step_numbers', 'val_losses', 'val_step_numbers')
-write_together(os.path.join(run_dir, 'training_stats.json'), {'': without_nan(dict(
-    total_steps=max_steps, num_epochs=epochs, best_loss=progress['best_loss'], final_loss=(progress['epoch_losses'] or [math.nan])[-1],
-    **{name: progress[name] for name in lists}, enable_validation=len(val_rows) > 0, best_val_loss=progress['best_val_loss'],
-    final_val_loss=progress['val_loss'], best_step=progress['best_step'], best_metric=best_metric, validation=progress['report'], table=progress['table'],
-    training_time_seconds=progress['seconds'], timestamp=time.strftime('%Y-%m-%d %H:%M:%S'), model_path=model_path, data_dir=data_dir,
-    num_samples=len(train_rows)))})
-print0(f'wrote {os.path.join(run_dir, "training_stats.json")}')
+path = os.path.join(run_dir, 'training_stats.json')
+write_together(path, {'': training_stats(progress, total_steps=max_steps, num_epochs=epochs, enable_validation=len(val_rows) > 0, best_metric=best_metric,
+                                         model_path=model_path, data_dir=data_dir, num_samples=len(train_rows))})
+print0(f'wrote {path}')
 log(f'done: best val loss {progress["best_val_loss"]:.4f}, best/ is that of step {progress["best_step"]}, checkpoints in {run_dir}, '
     f'trained for {progress["seconds"] / 60:.1f} min', prefix='# ')
 poll()

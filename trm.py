@@ -502,6 +502,14 @@ def deal_carries(ranks, carries, rank, world_size, data):
     return dealt
 
 
+def check_progress(checkpoint, halt_threshold):
+    """ValueError if a checkpoint summed up other measures; accuracies at another threshold are of another kind: its best one is forgotten."""
+    if len(checkpoint['sums']) != len(METRICS):
+        raise ValueError(f'it sums up {len(checkpoint["sums"])} measures')
+    if checkpoint['config'].get('halt_threshold', 0.5) != halt_threshold:
+        checkpoint.update(best_exact=-1.0, best_val_loss=math.inf)
+
+
 def of_all_ranks(tensors):
     """These tensors joined with those of the other ranks, which have the same shapes."""
     if not dist.is_initialized():
@@ -650,6 +658,18 @@ def average_of(model):
     return copy.deepcopy(model, {id(table): table for table in [getattr(model, 'puzzle_emb', None)] if table})
 
 
+@torch.no_grad()
+def move_average(average, model, rate):
+    """Exponential moving average of the weights: each keeps `rate` of itself."""
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - rate)
+
+
+def gradients_by_name(model, gradients):
+    """{name: gradient} of the parameters that learn; one more in the list than these is that of the puzzles' vectors."""
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    return dict(zip([*names, 'puzzle_emb'], gradients, strict=False))
+
+
 def load_trm(checkpoint, model, judge, fit):
     """Load a checkpoint's weights into the model, and their average into `judge`, if that is another. fit: weights of another shape are fitted, both
     models get the average. Returns what was changed, a list of sentences."""
@@ -775,12 +795,89 @@ def open_sums(folder, split):
     return data
 
 
+def open_both(folder, config, read_only):
+    """(training sums, None if read_only; test sums, None if there are none). The settings `columns` and `trace` of the Config become those of the data.
+    ValueError if they, or what was typed, do not fit together."""
+    train = None if read_only else open_sums(folder, 'train')
+    test = open_sums(folder, 'test') if read_only or os.path.isdir(os.path.join(folder, 'test')) else None
+    data = train or test
+    if test and (test.seq_len != data.seq_len or test.num_puzzle_identifiers != data.num_puzzle_identifiers or not test.whole):
+        raise ValueError(f'{folder}: train and test differ in columns or identifiers, or the test is not of whole sums')
+    for name, value in dict(columns=data.seq_len // 4, **dict(trace=not train.whole) if train else {}).items():
+        if name in config.typed_here and name in config.given and config[name] != value:
+            raise ValueError(f'--{name}={config[name]} does not fit {folder}: {value}')
+        config.assign(name, value)
+        config.given.add(name)  # so that it is stored
+    if train and not train.whole and config['carry_loss_weight'] <= 0:
+        raise ValueError('--carry_loss_weight=0: a model of single digits reads its own carries, it has to learn them')
+    return train, test
+
+
+def room_for(sums, columns, file):
+    """What new_trm needs to know of sums in a grid of so many columns; ValueError if one of them, a match of both numbers, does not fit into it."""
+    if not 0 < columns <= 1000:
+        raise ValueError(f'--columns={columns}: expected 1,000 at most' if columns else f'{file} does not tell how many columns its sums have: '
+                         '--columns does, if it is a model of sums')
+    longest = max(len(str(int(a) + int(b))) for a, b in (match.groups() for match in sums))
+    if longest > columns:
+        raise ValueError(f'--ask: a sum of {longest} digits does not fit into {columns} columns')
+    return SimpleNamespace(seq_len=4 * columns, vocab_size=12, num_puzzle_identifiers=1)
+
+
+def sum_text(row):
+    """The number in a row of tokens, ? for what is no digit; for a person."""
+    return ''.join(' 0123456789'[t - 1] if 1 <= t <= 11 else '?' for t in row).strip().replace(' ', '?')
+
+
+def sums_found(data, numbers, right, rows):
+    """Of the answers to the examples `numbers` of open_sums: right (n,) bool, rows (n, W) the tokens of the sum. {'by_digits', 'by_carry': {group: [right ones,
+    all]}, 'answers': [...] in the order of the numbers}."""
+    a, b = data.a[numbers], data.b[numbers]
+    groups = dict(digits=np.maximum((a >= 0).sum(1), (b >= 0).sum(1)), carry=data.carry[numbers])
+    a, b = ([''.join(str(d) for d in row if d >= 0) for row in some] for some in (a, b))
+    answers = [dict(a=a[i], b=b[i], sum=str(int(a[i]) + int(b[i])), answer=sum_text(rows[i]), right=bool(right[i]),
+                    **{name: int(of[i]) for name, of in groups.items()}) for i in np.argsort(numbers)]
+    return dict({f'by_{name}': {str(k): [int(right[of == k].sum()), int((of == k).sum())] for k in np.unique(of)} for name, of in groups.items()},
+                answers=answers)
+
+
+def sums_lines(report, unit, whole):
+    """Lines of what an evaluation found, a sample of the answers among them; whole: by the kind of sum too."""
+    yield from report_lines(report, unit)
+    for name, what in (('digits', 'digits of the longer number'), ('carry', 'columns of the longest carry')) if whole else ():
+        yield f'exact by {what} ' + ' '.join(f'{k}: {right / n:.4f} ({n})' for k, (right, n) in report[f'by_{name}'].items())
+    yield 'sample ' + ', '.join(f'{r["a"]}+{r["b"]}={r["answer"]}' + ('' if r['right'] else f' ({r["sum"]})') for r in report['answers'][:3])
+
+
+def thinking_aloud(a, b, columns, trace, at_work, device):
+    """Lines of a model's work on a + b (texts of digits), a grid for every supervision step until it halts. at_work: see finetune_addition.py."""
+    digits = [np.array([[-1] * (columns - len(number)) + [int(d) for d in number]], np.int8) for number in (a, b)]
+    grid = torch.from_numpy(addition_tokens(*digits, np.zeros((1, columns), bool), np.full((1, columns), -1))).to(device)
+    rows = dict(inputs=grid, labels=torch.full_like(grid, IGNORE, dtype=torch.int32), puzzle_identifiers=torch.zeros(1, dtype=torch.int64, device=device))
+    before, halted, answer, shown = grid, -1, '', 0
+    for turn, step, outputs, cells, halts in at_work(rows):
+        if turn == halted:
+            continue  # it has halted in this turn: what it would do further on
+        shown += 1
+        yield f'{a} + {b}, ' + f'turn {turn + 1}, ' * trace + f'step {step + 1}: would halt with {outputs["q_halt_logits"].sigmoid().item():.4f}'
+        for row in cells[0].view(4, columns).tolist():
+            yield '    ' + ' '.join('.0123456789'[t - 1] if 1 <= t <= 11 else '?' for t in row)
+        if halts:
+            same, before, halted, answer = bool((cells == before)[0, 2 * columns:].all()), cells, turn, sum_text(cells[0, 3 * columns:].tolist())
+            if same or not trace:
+                break
+    yield f'{a} + {b} = {answer}' + (', right' if answer == str(int(a) + int(b)) else f', wrong: {int(a) + int(b)}') + f', after {shown} step(s)'
+
+
 # ---- ARC: one answer out of the answers to all copies of a task
 PASS_AT = (1, 2, 5, 10, 100, 1000)
 
 
-def read_arc(folders, count):
-    """(names of the `count` identifiers, {name of a test task: task}) of folders of prepare/arc.py; ValueError says what is wrong with them."""
+def read_arc(folders, data):
+    """(names of all identifiers, {name of a test task: task}) of folders of prepare/arc.py, to the test in them as open_puzzles gave it (None: there is none);
+    ValueError says what is wrong with them."""
+    if not data or data.seq_len != 900:
+        raise ValueError(f'{data.seq_len} cells, expected 30 x 30' if data else 'there is no test')
     identifiers, tasks = [], {}
     for folder in folders:
         names, puzzles = (read_json(os.path.join(folder, name)) for name in ('identifiers.json', 'test_puzzles.json'))
@@ -801,8 +898,8 @@ def read_arc(folders, count):
                 raise ValueError(f'{folder}/test_puzzles.json: task {name!r:.80} {why}')
         identifiers += names
         tasks.update(puzzles)
-    if len(identifiers) != count or not tasks:
-        raise ValueError(f'{len(identifiers)} identifiers and {len(tasks)} test tasks, expected {count} identifiers')
+    if len(identifiers) != data.num_puzzle_identifiers or not tasks:
+        raise ValueError(f'{len(identifiers)} identifiers and {len(tasks)} test tasks, expected {data.num_puzzle_identifiers} identifiers')
     return identifiers, tasks
 
 

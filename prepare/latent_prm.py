@@ -292,8 +292,11 @@ def adopt(folder):
         globals()[name] = value
 
 
-def think_about(question):
-    """(tokens of the first agent's prompt, num_paths paths of this one question, see explore). ValueError if it is too long for the model."""
+def think_about(question, folder, **settings):
+    """(tokens of the first agent's prompt, num_paths paths of this one question, see explore), with these settings and those of the paths in the folder.
+    ValueError if it is too long for the model, or for what adopt refuses."""
+    globals().update(settings)
+    adopt(folder)
     model, tokenizer = open_model()
     matrix, norm = model.realignment()
     prompts = turns(question, tokenizer)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [name for name in ('train_gpt2.py', 'finetune_dolly.py', 'pretrain_trm.py', 'finetune_addition.py', 'train_latent_prm.py') if (ROOT / name).exists()]
 BANNERS = ['settings', 'command line', 'run folder', 'stored run (=)', 'derived', 'distributed (=)', 'precision and seed (=)', 'data', 'model', 'optimizer',
            'checkpoint (=)', 'resume (=)', 'compile and wrap (=)', 'learning rate (=)', 'evaluation', 'training loop', 'finish']
-LONGEST = 720  # lines, a quarter of them fenced; what a person reads in one sitting
+LONGEST = 600
 
 
 def sections(source):
@@ -55,8 +55,8 @@ def test_scripts_can_be_read_in_one_sitting():
 
 def test_a_drifted_copy_is_seen_and_repaired():
     source = (ROOT / 'train_gpt2.py').read_text()
-    copy = source.replace("max_lr = 6e-4 ", "max_lr = 3e-5 ").replace('stop_signal = number', 'stop_signal = 15')
-    assert copy != source and '+    stop_signal = 15' in difference('copy', 'original', copy, source)
+    copy = source.replace("max_lr = 6e-4 ", "max_lr = 3e-5 ").replace('told = stop.number', 'told = 15')
+    assert copy != source and '+    told = 15' in difference('copy', 'original', copy, source)
     repaired = fixed(copy, source)
     assert not difference('copy', 'original', repaired, source) and 'max_lr = 3e-5 ' in repaired
 

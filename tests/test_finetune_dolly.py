@@ -647,4 +647,4 @@ if os.environ['RANK'] == '1':
         raise OSError('not on this node')
     model.find_gpt = find_gpt
 '''
-    assert 'the ranks see different checkpoints or rows' in tune(base=['--data_dir=data'], ranks=2, prelude=prelude).one_line()
+    assert 'the ranks differ: ' in tune(base=['--data_dir=data'], ranks=2, prelude=prelude).one_line()
