@@ -424,27 +424,27 @@ def evaluate_forgetting():
     rows = sum((len(tokens) - 1) // block_size for tokens in forgetting.values())
     rows = min(rows, max(1, forgetting_tokens // block_size)) if forgetting_tokens else rows
 
-    def loss(turn, chosen):
+    def work(turn, chosen):
         tokens = shard_rows(forgetting, block_size, chosen).to(device)
         with autocast:
             return [raw_model(tokens[:, :-1], tokens[:, 1:], 'sum').item()]
 
     raw_model.eval()
-    losses = shared_out([[row] for row in range(rows)], rank, world_size, poll, loss)  # a row at a time, it is as long as a batch of answers
+    losses = shared_out([[row] for row in range(rows)], rank, world_size, poll, work)  # a row at a time, it is as long as a batch of answers
     raw_model.train()
     return sum(losses) / (rows * block_size)
 
 def answers(prompts, seed, temperature, top_k=0, top_p=1.0):
     """[(ids without end-of-text, did it end by itself)] for prompts given as lists of ids: in batches, split over the ranks, the
     same whatever the number of ranks."""
-    def answer(turn, chosen):
+    def work(turn, chosen):
         generator = torch.Generator(device).manual_seed((seed * 1000 + turn) % 2 ** 63)
         with autocast:
             return raw_model.answer([prompts[i] for i in chosen], max_new_tokens, temperature, top_k, top_p, tokenizer['vocab_size'], tokenizer['eot'],
                                     generator, stop=lambda: stop.number)
 
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    return shared_out([order[i:i + 16] for i in range(0, len(order), 16)], rank, world_size, poll, answer)
+    return shared_out([order[i:i + 16] for i in range(0, len(order), 16)], rank, world_size, poll, work)
 
 def prompt_ids(instruction, context=''):
     return [tokenizer['eot'], *encoding.encode_ordinary(instruction_prompt(instruction, context))]

@@ -428,12 +428,12 @@ def evaluate_hellaswag():
     rows = [(context + ending, len(ending)) for context, endings, _ in hellaswag for ending in endings]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
 
-    def losses(turn, chosen):
+    def work(turn, chosen):
         with autocast:
             return raw_model.ending_losses([rows[i] for i in chosen]).tolist()
 
     raw_model.eval()
-    losses = shared_out([order[i:i + batch_size] for i in range(0, len(order), batch_size)], data_rank, data_ranks, poll, losses)
+    losses = shared_out([order[i:i + batch_size] for i in range(0, len(order), batch_size)], data_rank, data_ranks, poll, work)
     raw_model.train()
     acc, acc_norm = hellaswag_scores(hellaswag, losses)
     log(f'step {step}/{max_steps} | hellaswag acc {acc:.4f} | acc_norm {acc_norm:.4f}')

@@ -416,14 +416,14 @@ def losses_of(logits, targets):
 @torch.no_grad()
 def evaluate(full=False):
     """(report, table) on the held-out questions, plain numbers, NaN where one is not defined. full: with the table of all baselines."""
-    def logits_of(turn, chosen):
+    def work(turn, chosen):
         inputs = path_tensors(paths, val_rows[chosen], questions if question_context else None, 8 if compile else 1)[:4]
         with autocast:
             return raw_model(*(None if t is None else t.to(device) for t in inputs)).double().tolist()
 
     order = np.argsort(full_lengths[val_rows], kind='stable')
     raw_model.eval()
-    logits = shared_out([order[i:i + 4 * batch_size] for i in range(0, len(order), 4 * batch_size)], rank, world_size, poll, logits_of)
+    logits = shared_out([order[i:i + 4 * batch_size] for i in range(0, len(order), 4 * batch_size)], rank, world_size, poll, work)
     raw_model.train()
     logits, held_out = torch.tensor(logits, dtype=torch.float64), paths_of(paths, val_rows)
     scores, losses = logits.sigmoid().numpy(), losses_of(logits, torch.from_numpy(held_out['target']))

@@ -1161,6 +1161,22 @@ def test_disk_full_while_logging(bench, ranks):
 
 @pytest.mark.once
 @pytest.mark.parametrize('ranks', [0, 2])
+def test_disk_full_while_an_evaluation_is_written(bench, ranks):
+    """All ranks end: none says that it wrote eval.json, none is left waiting."""
+    folder = stopped(bench, 6)
+    before = tree(folder)
+    redirect = """
+import builtins
+real_open = builtins.open
+builtins.open = lambda path, *args, **kwargs: real_open('/dev/full' if str(path).endswith('eval.json.tmp') else path, *args, **kwargs)
+"""
+    run = go(bench, '--eval_only', ranks=ranks, prelude=redirect)
+    says_no_space(run, 'run/eval.json')
+    assert 'wrote' not in run.out and tree(folder) == before
+
+
+@pytest.mark.once
+@pytest.mark.parametrize('ranks', [0, 2])
 def test_a_folder_that_cannot_be_written(bench, ranks):
     (bench.cwd / 'file').write_text('mine')
     for out in ('file', 'file/run', '/proc/run'):
