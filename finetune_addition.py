@@ -33,12 +33,12 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import configure, fail, fail_if, master, nearby, print0
-from model import PEAK_FLOPS, git_commit, load_optimizer_state, norms_by_part, optimizer_state, total_norm
+from model import PEAK_FLOPS, git_commit, load_optimizer_state, norms_by_part, optimizer_state, sum_each, total_norm
 from model import NO_WANDB, agree, ahead, append, cannot_write, cpu_group, differ, everyone, find_device, first_readable, generator_states, on_cpu
 from model import open_log, rotate, same_data, seed_generators, set_generator_states, start_wandb, steps_on_disk, watch_signals, write_together, write_whole
 from trm import IGNORE, METRICS, SHAPE, AdamATan2, all_config, average_of, begin_with, check_progress, deal_carries, examples_of_epoch, gradients_by_name
-from trm import least_steps, load_trm, move_average, new_trm, of_all_ranks, open_both, puzzle_tensors, room_for, run_folder, sign_sgd, slots_of, sums_found
-from trm import sums_lines, thinking_aloud, trm_checkpoint
+from trm import least_steps, load_trm, log_means, move_average, new_trm, of_all_ranks, open_both, puzzle_tensors, room_for, run_folder, sign_sgd, slots_of
+from trm import sums_found, sums_lines, thinking_aloud, trm_checkpoint
 
 # ---- settings ------------------------------------------------------------------------------------------------------
 # i/o
@@ -200,8 +200,7 @@ fail_if(sum_loss_weight <= 0, f'--sum_loss_weight={sum_loss_weight}: without the
 fail_if(epochs and {'epochs', 'total_steps'} <= config.typed_here, '--epochs and --total_steps are two lengths: give one')
 if 'total_steps' in config.typed_here or 'total_steps' in typed_now and 'epochs' not in typed_now:
     config.assign('epochs', 0)  # a stored one
-if freeze_heads and not (freeze_weights and vector_size and puzzle_emb_lr):
-    fail('--freeze_heads goes with --freeze_weights and leaves the vector of the puzzle to learn: not with --puzzle_emb_ndim=0 or --puzzle_emb_lr=0')
+fail_if(freeze_heads and not (freeze_weights and vector_size and puzzle_emb_lr), '--freeze_heads needs --freeze_weights, puzzle_emb_ndim, puzzle_emb_lr')
 
 # ---- distributed (=) -----------------------------------------------------------------------------------------------
 ddp = 'RANK' in os.environ  # set by torchrun
@@ -336,8 +335,7 @@ def save(path):
             write_whole(path, files)
             damaged.discard(path)
             rotate(checkpoint_path_of, checkpoint_of, keep, permanent, damaged)
-            size = sum(os.path.getsize(os.path.join(path, name) if name else path) for name in files)
-            print0(f'saved {path} ({size / 1e6:,.1f} MB)')
+            print0(f'saved {path} ({sum(os.path.getsize(os.path.join(path, name) if name else path) for name in files) / 1e6:,.1f} MB)')
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
             problem = cannot_write(path, error)
     agree(problem, code=1)
@@ -400,6 +398,7 @@ if compile:
 net = raw_model
 if ddp and data_parallel and not read_only and any(p.requires_grad for p in raw_model.parameters()):
     net = DistributedDataParallel(raw_model, device_ids=[local_rank] if device_type == 'cuda' else None, gradient_as_bucket_view=True)
+    net.register_comm_hook(world_size, sum_each)  # as DDP would sum, but the same after a resume
 
 # ---- learning rate (=) ---------------------------------------------------------------------------------------------
 def get_lr(step):
@@ -445,13 +444,13 @@ def evaluate(limit=0):
     sums = torch.zeros(stages + 1, 4, dtype=exactly, device=device)  # loss, share of right cells, grid, sum; after each stage, then at the halt
     steps, answers = torch.zeros((), device=device), []
     for begin in range(rank * B, len(chosen) + rank * B, B * world_size):  # as many on every rank
-        poll()
         numbers = np.arange(begin, begin + B)  # always a full batch, one shape for torch.compile: what is too much counts nothing
         here = numbers < len(chosen)
         real = torch.from_numpy(here).to(device)
         rows = on_device(puzzle_tensors(test_data, chosen[np.minimum(numbers, len(chosen) - 1)]))
         scores, answer = torch.zeros(B, 4, dtype=exactly, device=device), rows['inputs']
         for turn, s, outputs, cells, halts in at_work(rows):
+            poll()
             right = ((cells == rows['labels']) | (rows['labels'] == IGNORE))[:, 3 * W:].all(1)
             now = torch.cat((outputs['scores'].to(exactly), right.unsqueeze(1)), 1)
             sums[turn if trace else s] += (now * (halts & real if trace else real).unsqueeze(1)).sum(0)
@@ -470,9 +469,11 @@ def say(step, report, whole=False):
         log(f'step {step}/{max_steps} | {line}')
 
 if ask:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL), signal.signal(signal.SIGINT, signal.SIG_DFL)
     with torch.no_grad():
         for match in sums_asked:
-            print0('\n'.join(thinking_aloud(*match.groups(), columns, trace, at_work, device)))
+            for line in thinking_aloud(*match.groups(), columns, trace, at_work, device):
+                print0(line)
     leave(0)
 if read_only:
     step, report = checkpoint.get('step', 0), evaluate(cap if typed else 0)
@@ -580,8 +581,7 @@ for step in range(start_step, max_steps + 1):
                     sums=[a + b for a, b in zip(progress['sums'], found, strict=True)])
     if reporting:
         dt, mean_loss = seconds / timed_steps, progress['loss_sum'] / progress['loss_count']
-        halted = dict(zip(METRICS, progress['sums'], strict=True))
-        cells, exact, turns = (halted[name] / max(1, halted['count']) for name in ('accuracy', 'exact_accuracy', 'steps'))
+        cells, exact, turns = log_means(progress['sums'])
         mfu = f'{100 * raw_model.flops_per_slot() * global_batch_size / dt / world_size / peak_flops:.1f}%' if peak_flops else '-'
         minutes = int(dt * (max_steps - step - 1) / 60)
         log(f'step {step + 1}/{max_steps} ({100 * (step + 1) / max_steps:.2f}%) | loss {mean_loss:.6f} | exact {exact:.4f} | cells {cells:.4f} | '

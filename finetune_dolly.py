@@ -37,8 +37,8 @@ from torch.nn.parallel import DistributedDataParallel
 from configurator import configure, fail, fail_if, master, nearby, print0
 from model import GPT, GPT_SIZES, PEAK_FLOPS, GPTConfig, before_after, begin_gpt, both_answers, bucketed, check_table, converse, encoding_for_all, export_files
 from model import fit_weights, forgetting_shards, git_commit, instruction_prompt, judged_answers, load_optimizer_state, make_optimizers, norms_by_part
-from model import open_rows, optimizer_state, overfitting, padded_length, padded_rows, path_of_gpt, printable, read_gpt, shard_rows, shared_out, tokenizer_of
-from model import total_norm
+from model import open_rows, optimizer_state, overfitting, padded_length, padded_rows, path_of_gpt, printable, read_gpt, shard_rows, shared_out, sum_each
+from model import tokenizer_of, total_norm
 from model import NO_WANDB, agree, ahead, append, cannot_write, cpu_group, differ, everyone, find_device, first_readable, generator_states, on_cpu
 from model import open_log, rotate, same_data, seed_generators, set_generator_states, start_wandb, steps_on_disk, watch_signals, write_together, write_whole
 
@@ -210,7 +210,7 @@ stop = watch_signals()  # SIGTERM and Ctrl-C leave their number in it, a full di
 # grad_accumulation_steps of it: the order depends on seed and step alone. They are shared out among the ranks; where there are fewer than
 # ranks, their rows are. A loss is divided by the count of the whole step, so it does not matter who has how many.
 if generate or chat or export:
-    tokenizer = tokenizer_of(checkpoint, checkpoint_file)
+    tokenizer, forgetting = tokenizer_of(checkpoint, checkpoint_file), {}
 else:
     try:
         train_data, val_data, tokenizer, categories = open_rows(data_dir, block_size)
@@ -224,7 +224,8 @@ else:
     if 'num_epochs' in typed_now and 'max_steps' not in typed_now:
         config.assign('max_steps', -1)  # a stored one
     max_steps = math.ceil(num_epochs * batches_per_epoch / grad_accumulation_steps) if max_steps < 0 else max_steps  # the setting stays -1
-    found = (checkpoint_file, n_layer, n_head, n_embd, block_size, activation, max_steps, train_data['files'], val_data['files'])
+    forgetting = forgetting_shards(config, checkpoint, tokenizer)  # the validation shards of the pretraining data
+    found = (checkpoint_file, n_layer, n_head, n_embd, block_size, activation, max_steps, train_data['files'], val_data['files'], sorted(forgetting))
     fail_if(differ(found), f'the ranks differ: {found[0] or "the checkpoint"} and {data_dir} must be the same on all nodes')
 accumulation = -(-grad_accumulation_steps // world_size)  # micro-steps per step
 first_step, first_batch = 0, 0  # the micro-batch where a step begins; only a resume with another batch moves them
@@ -254,7 +255,6 @@ def batch(step, micro_step):
     return *([t.pin_memory() for t in tensors] if device_type == 'cuda' else tensors), float(weight)
 
 encoding = encoding_for_all(tokenizer['tokenizer'], needed=generate or chat or export)
-forgetting = {} if generate or chat or export else forgetting_shards(config, checkpoint, tokenizer)  # the validation shards of the pretraining data
 
 # ---- model ---------------------------------------------------------------------------------------------------------
 fail_if(0 < vocab_size < tokenizer['vocab_size'], f'vocab_size {vocab_size} is smaller than the vocabulary of the data, {tokenizer["vocab_size"]}')
@@ -271,7 +271,7 @@ def state_files(run):
                      train_loader_state=loader_state(run['step']), tokenizer=tokenizer)}
 
 def load_weights(checkpoint):
-    weights = checkpoint['model']  # from elsewhere: its vocabulary may be padded in another way
+    weights = checkpoint['model']  # without a step they are from elsewhere: the vocabulary may be padded in another way
     raw_model.load_state_dict(weights if 'step' in checkpoint else fit_weights(weights, block_size, padded_vocab, tokenizer['vocab_size']))
 
 def load_training(checkpoint):
@@ -323,8 +323,7 @@ def save(path):
             write_whole(path, files)
             damaged.discard(path)
             rotate(checkpoint_path_of, checkpoint_of, keep, permanent, damaged)
-            size = sum(os.path.getsize(os.path.join(path, name) if name else path) for name in files)
-            print0(f'saved {path} ({size / 1e6:,.1f} MB)')
+            print0(f'saved {path} ({sum(os.path.getsize(os.path.join(path, name) if name else path) for name in files) / 1e6:,.1f} MB)')
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
             problem = cannot_write(path, error)
     agree(problem, code=1)
@@ -387,6 +386,7 @@ if compile:
 net = raw_model
 if ddp and data_parallel and not read_only and any(p.requires_grad for p in raw_model.parameters()):
     net = DistributedDataParallel(raw_model, device_ids=[local_rank] if device_type == 'cuda' else None, gradient_as_bucket_view=True)
+    net.register_comm_hook(world_size, sum_each)  # as DDP would sum, but the same after a resume
 
 # ---- learning rate (=) ---------------------------------------------------------------------------------------------
 def get_lr(step):

@@ -523,10 +523,10 @@ def adopt_shape(config, shape, source, where):
 
 
 def begin_gpt(setting, config, checkpoint, file, strict):
-    """(checkpoint, its file): without one, that of the source which this setting of the Config names ('scratch': none), else (None, ''); the shape of weights
-    alone becomes that of the settings. A source that cannot be read ends the script or, not strict, is a warning: of a default that is not there, like
-    logs/model_19072.pt, the newest in its folder are tried, model_<number>.pt."""
-    sources, folder = [config[setting]] if config[setting] != 'scratch' and not checkpoint else [], os.path.dirname(config[setting])
+    """(checkpoint, its file): without one, that of the source which this setting of the Config names, else (None, ''); the shape of weights
+    alone becomes that of the settings. strict: a source that cannot be read ends the script, 'scratch' is none. Else it is a warning, and of a default that is
+    not there, like logs/model_19072.pt, the newest in its folder are tried, model_<number>.pt."""
+    sources, folder = [] if checkpoint or strict and config[setting] == 'scratch' else [config[setting]], os.path.dirname(config[setting])
     if sources and not strict and setting not in config.given and not os.path.exists(sources[0]) and os.path.isdir(folder):
         numbers = filter(None, (re.fullmatch(r'model_(\d{1,18})\.pt', name) for name in os.listdir(folder)))
         sources = [os.path.join(folder, match[0]) for match in sorted(numbers, key=lambda match: -int(match[1]))] or sources
@@ -685,6 +685,19 @@ def sum_gradients(parameters, mesh):
     for p in parameters:
         if p.grad is not None:
             torch.distributed.all_reduce(p.grad.to_local() if hasattr(p.grad, 'full_tensor') else p.grad, group=mesh.get_group())
+
+
+def sum_each(world_size, bucket):
+    """A communication hook for DistributedDataParallel: the mean over the ranks, each gradient summed by itself. DDP lays out its buckets anew after the first
+    backward pass of a process, and from three ranks on the order in which gloo and NCCL add depends on a number's place in what they are given: summed in
+    whole buckets, the first step after a resume would round in another way than without the stop."""
+    buffer, sums = bucket.buffer(), [dist.all_reduce(gradient, async_op=True) for gradient in bucket.gradients()]
+
+    def mean(last):
+        for one in sums[:-1]:  # gloo may end the last one before the others
+            one.wait()
+        return buffer.div_(world_size)
+    return sums[-1].get_future().then(mean)
 
 
 def total_norm(gradients):
@@ -1009,8 +1022,8 @@ def distinct_2(texts):
 
 
 def judged_answers(rows, categories, n, encoding, answers):
-    """{measure: number} of the answers to the first n held-out rows of open_rows, in a fixed shuffled order. answers(prompts, temperature): see
-    finetune_dolly.py."""
+    """{measure: number} of the answers to the first n held-out rows of open_rows, in a fixed shuffled order.
+    answers(prompts, temperature) -> [(ids, did it end by itself)]."""
     order = np.random.default_rng(0).permutation(len(rows['prompt']))
     names = np.array(categories)[rows['category'][order]]
 
@@ -2074,9 +2087,10 @@ def ordered_pairs(paths, chosen):
 
 def path_tensors(paths, chosen, questions=None, multiple=1, pairs=False):
     """[*padded_paths, targets (b,), weights (b,), pairs (m, 2)] of these rows, with the tokens of their questions, if they are given, and their ordered_pairs.
-    No rows at all (more ranks than paths, but all must take part) give one of zeros that weighs nothing."""
-    rows = chosen if len(chosen) else [0]
-    inputs = padded_paths([paths['latents'][row] for row in rows], [questions[paths['question'][row]]['ids'] for row in rows] if questions else None, multiple)
+    No rows at all (more ranks than paths, but all must take part) give one of one step of zeros that weighs nothing."""
+    rows, end = (chosen, None) if len(chosen) else ([0], 1)
+    ids = [questions[paths['question'][row]]['ids'][:end] for row in rows] if questions else None
+    inputs = padded_paths([paths['latents'][row][:end] for row in rows], ids, multiple)
     targets = torch.tensor(paths['target'][rows]).to(torch.get_default_dtype())
     weights, pairs = torch.ones(len(rows)), torch.from_numpy(ordered_pairs(paths, rows) if pairs else np.zeros((0, 2), np.int64))
     if not len(chosen):
@@ -2149,7 +2163,7 @@ def training_stats(progress, **facts):
                 timestamp=time.strftime('%Y-%m-%d %H:%M:%S'))
 
 
-def probe(x, y, groups, others):
+def probe(x, y, groups, others, poll=lambda: None):
     """Scores (m,) of `others` (m, d) by logistic regression with a ridge on x (n, d), soft labels y (n,): the strength of the ridge is the best of five on a
     fifth of the groups. Newton's method."""
     if len(x) > 20000:
@@ -2159,6 +2173,7 @@ def probe(x, y, groups, others):
     x, others = (np.concatenate(((a - mean) / std, np.ones((len(a), 1))), 1) for a in (x, others))
 
     def fit(x, y, ridge):
+        poll()
         w = np.zeros(x.shape[1])
         penalty = np.full(len(w), ridge * len(x))
         penalty[-1] = 1e-6  # not of the bias
@@ -2191,18 +2206,22 @@ def word_counts(texts):
     return np.log1p(counts)
 
 
-def compared(scores, held_out, learn, questions):
+def compared(scores, held_out, learn, questions, poll):
     """{scorer: judged(...)} of these scores of the held-out paths and of what they must be better than, on the same paths: a constant (whose best
     of N is a random pick, and whose vote the majority's), a linear probe on the mean latent, one on the words of the question; and of the truth.
-    learn: the paths to learn from."""
+    learn: the paths to learn from. It takes a minute of a large model's latents: poll() is called between its parts."""
     constant = learn['target'].mean() if len(learn['target']) else 0.5
     found = {'PRM': scores, 'constant': np.full(len(scores), constant), 'oracle': held_out['correct']}
     if len(learn['target']):
         counts = word_counts([question['text'] for question in questions])
         means, others = (np.stack([latents.double().mean(0).numpy() for latents in part['latents']]) for part in (learn, held_out))
-        found['linear probe'] = probe(means, learn['target'], learn['question'], others)
-        found['question only'] = probe(counts[learn['question']], learn['target'], learn['question'], counts[held_out['question']])
-    return {name: judged(values, held_out, 1000) for name, values in found.items()}
+        found['linear probe'] = probe(means, learn['target'], learn['question'], others, poll)
+        found['question only'] = probe(counts[learn['question']], learn['target'], learn['question'], counts[held_out['question']], poll)
+    table = {}
+    for name, values in found.items():
+        poll()
+        table[name] = judged(values, held_out, 1000)
+    return table
 
 
 def table_lines(table):
@@ -2321,6 +2340,7 @@ def sha256(path):
 
 
 def without_nan(value):
+    """JSON has neither NaN nor infinity: null."""
     if isinstance(value, dict):
         return {name: without_nan(element) for name, element in value.items()}
     return [without_nan(element) for element in value] if isinstance(value, list) else None if isinstance(value, float) and not math.isfinite(value) else value

@@ -32,12 +32,12 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import configure, fail, fail_if, master, nearby, print0
-from model import PEAK_FLOPS, git_commit, load_optimizer_state, norms_by_part, optimizer_state, total_norm
+from model import PEAK_FLOPS, git_commit, load_optimizer_state, norms_by_part, optimizer_state, sum_each, total_norm
 from model import NO_WANDB, agree, ahead, append, cannot_write, cpu_group, differ, everyone, find_device, first_readable, generator_states, on_cpu
 from model import open_log, rotate, same_data, seed_generators, set_generator_states, start_wandb, steps_on_disk, watch_signals, write_together, write_whole
 from trm import IGNORE, METRICS, SHAPE, AdamATan2, all_config, all_votes, arc_result, arc_vote, average_of, begin_with, check_progress, deal_carries, drawn
-from trm import examples_of_epoch, gradients_by_name, least_steps, load_trm, move_average, new_trm, of_all_ranks, open_puzzles, puzzle_tensors, read_arc
-from trm import report_lines, run_folder, sign_sgd, slots_of, trm_checkpoint
+from trm import examples_of_epoch, gradients_by_name, least_steps, load_trm, log_means, move_average, new_trm, of_all_ranks, open_puzzles, puzzle_tensors
+from trm import read_arc, report_lines, run_folder, sign_sgd, slots_of, trm_checkpoint
 
 # ---- settings ------------------------------------------------------------------------------------------------------
 # i/o
@@ -235,6 +235,8 @@ if read_only:
     max_steps = max(max_steps, checkpoint.get('step', 0))
 kinds = {(part.seq_len, part.vocab_size, part.num_puzzle_identifiers) for part in (train_data, test_data) if part}
 fail_if(len(kinds) > 1, f'{data_paths[0]}: train and test differ in seq_len, vocab_size or num_puzzle_identifiers')
+facts = [part and part.facts for part in (train_data, test_data)]
+fail_if(differ(facts), f'the ranks see different puzzles: {data_paths} must be the same on all nodes')
 accumulation, B = slots_of(global_batch_size, grad_accumulation_steps, world_size)  # micro-steps per step, slots of one of them on a rank
 if train_data:
     groups = len(train_data.group_indices) - 1
@@ -334,8 +336,7 @@ def save(path):
             write_whole(path, files)
             damaged.discard(path)
             rotate(checkpoint_path_of, checkpoint_of, keep, permanent, damaged)
-            size = sum(os.path.getsize(os.path.join(path, name) if name else path) for name in files)
-            print0(f'saved {path} ({size / 1e6:,.1f} MB)')
+            print0(f'saved {path} ({sum(os.path.getsize(os.path.join(path, name) if name else path) for name in files) / 1e6:,.1f} MB)')
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
             problem = cannot_write(path, error)
     agree(problem, code=1)
@@ -398,6 +399,7 @@ if compile:
 net = raw_model
 if ddp and data_parallel and not read_only and any(p.requires_grad for p in raw_model.parameters()):
     net = DistributedDataParallel(raw_model, device_ids=[local_rank] if device_type == 'cuda' else None, gradient_as_bucket_view=True)
+    net.register_comm_hook(world_size, sum_each)  # as DDP would sum, but the same after a resume
 
 # ---- learning rate (=) ---------------------------------------------------------------------------------------------
 def get_lr(step):
@@ -577,8 +579,7 @@ for step in range(start_step, max_steps + 1):
                     sums=[a + b for a, b in zip(progress['sums'], found, strict=True)])
     if reporting:
         dt, mean_loss = seconds / timed_steps, progress['loss_sum'] / progress['loss_count']
-        halted = dict(zip(METRICS, progress['sums'], strict=True))
-        cells, exact, turns = (halted[name] / max(1, halted['count']) for name in ('accuracy', 'exact_accuracy', 'steps'))
+        cells, exact, turns = log_means(progress['sums'])
         mfu = f'{100 * raw_model.flops_per_slot() * global_batch_size / dt / world_size / peak_flops:.1f}%' if peak_flops else '-'
         minutes = int(dt * (max_steps - step - 1) / 60)
         log(f'step {step + 1}/{max_steps} ({100 * (step + 1) / max_steps:.2f}%) | loss {mean_loss:.6f} | exact {exact:.4f} | cells {cells:.4f} | '

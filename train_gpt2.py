@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from configurator import configure, fail, fail_if, master, nearby, print0
 from model import GPT, GPT_SIZES, PEAK_FLOPS, GPTConfig, begin_gpt, encoding_for_all, export_files, fit_weights, git_commit, hellaswag_scores
 from model import load_optimizer_state, load_whole_weights, make_optimizers, norms_by_part, open_hellaswag, open_shards, optimizer_state, path_of_gpt, printable
-from model import read_gpt, shard_rows, shared_out, sum_gradients, tensor_parallel, tokenizer_of, total_norm, whole_weights
+from model import read_gpt, shard_rows, shared_out, sum_each, sum_gradients, tensor_parallel, tokenizer_of, total_norm, whole_weights
 from model import NO_WANDB, agree, ahead, append, cannot_write, cpu_group, differ, everyone, find_device, first_readable, generator_states, on_cpu
 from model import open_log, rotate, same_data, seed_generators, set_generator_states, start_wandb, steps_on_disk, watch_signals, write_together, write_whole
 
@@ -232,6 +232,8 @@ else:
     except ValueError as error:
         fail(f'{error}; to make data: `python prepare/fineweb.py`, or without a download `python prepare/pydocs.py`, then '
              '--model=tiny --data_root=data/pydocs')
+sizes = {name: len(tokens) for shards in (train_shards, val_shards) for name, tokens in shards.items()}
+fail_if(differ((checkpoint_file, sizes)), f'the ranks differ: {checkpoint_file or "the checkpoint"} and {data_root} must be the same on all nodes')
 train_rows, val_rows = (sum((len(tokens) - 1) // T for tokens in shards.values()) for shards in (train_shards, val_shards))
 val_rows = min(val_rows, max(1, val_tokens // T)) if val_tokens else val_rows
 first_step, first_row = 0, 0  # the row where a step begins; only a resume with another total_batch_size moves them
@@ -329,8 +331,7 @@ def save(path):
             write_whole(path, files)
             damaged.discard(path)
             rotate(checkpoint_path_of, checkpoint_of, keep, permanent, damaged)
-            size = sum(os.path.getsize(os.path.join(path, name) if name else path) for name in files)
-            print0(f'saved {path} ({size / 1e6:,.1f} MB)')
+            print0(f'saved {path} ({sum(os.path.getsize(os.path.join(path, name) if name else path) for name in files) / 1e6:,.1f} MB)')
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
             problem = cannot_write(path, error)
     agree(problem, code=1)
@@ -393,6 +394,7 @@ if compile:
 net = raw_model
 if ddp and data_parallel and not read_only and any(p.requires_grad for p in raw_model.parameters()):
     net = DistributedDataParallel(raw_model, device_ids=[local_rank] if device_type == 'cuda' else None, gradient_as_bucket_view=True)
+    net.register_comm_hook(world_size, sum_each)  # as DDP would sum, but the same after a resume
 
 # ---- learning rate (=) ---------------------------------------------------------------------------------------------
 def get_lr(step):

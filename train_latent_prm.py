@@ -40,7 +40,7 @@ from tqdm import tqdm
 from configurator import configure, fail, fail_if, master, nearby, print0
 from model import PEAK_FLOPS, QwenLatentPRM, bucketed, by_question, check_paths, choice_lines, compared, find_model, git_commit, load_optimizer_state
 from model import make_optimizers, newest_prm_run, open_split, optimizer_state, ordered_pairs, padded_paths, path_tensors, paths_of, prm_checkpoints, prm_files
-from model import prm_line, prm_report, prm_step, read_prm, set_aside_later, shared_out, table_lines, total_norm, training_stats
+from model import prm_line, prm_report, prm_step, read_prm, set_aside_later, shared_out, sum_each, table_lines, total_norm, training_stats
 from model import NO_WANDB, agree, ahead, append, cannot_write, cpu_group, differ, everyone, find_device, first_readable, generator_states, on_cpu
 from model import open_log, rotate, same_data, seed_generators, set_generator_states, start_wandb, steps_on_disk, watch_signals, write_together, write_whole
 
@@ -119,7 +119,7 @@ fail_if('ask' in typed_now and not ask.strip(), '--ask: the question is empty')
 fail_if(eval_only and ask, '--eval_only and --ask are launches of their own: give one')
 read_only = eval_only or ask != ''       # these modes read a checkpoint and start no run
 lenient = False                          # True: a typed checkpoint that cannot be read is a warning, not the end
-run_dir = output_dir or newest_prm_run() * (not checkpoint_path and (auto_resume or resume or read_only))
+run_dir = output_dir or (newest_prm_run() if not checkpoint_path and (auto_resume or resume or read_only) else '')
 run_dir = run_dir or os.path.join('checkpoints', 'qwen_prm_' + time.strftime('%Y%m%d_%H%M%S'))
 run_dir_typed, log_name = 'output_dir' in typed_now, 'training.log'
 
@@ -331,8 +331,7 @@ def save(path):
             write_whole(path, files)
             damaged.discard(path)
             rotate(checkpoint_path_of, checkpoint_of, keep, permanent, damaged)
-            size = sum(os.path.getsize(os.path.join(path, name) if name else path) for name in files)
-            print0(f'saved {path} ({size / 1e6:,.1f} MB)')
+            print0(f'saved {path} ({sum(os.path.getsize(os.path.join(path, name) if name else path) for name in files) / 1e6:,.1f} MB)')
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
             problem = cannot_write(path, error)
     agree(problem, code=1)
@@ -395,6 +394,7 @@ if compile:
 net = raw_model
 if ddp and data_parallel and not read_only and any(p.requires_grad for p in raw_model.parameters()):
     net = DistributedDataParallel(raw_model, device_ids=[local_rank] if device_type == 'cuda' else None, gradient_as_bucket_view=True)
+    net.register_comm_hook(world_size, sum_each)  # as DDP would sum, but the same after a resume
 
 # ---- learning rate (=) ---------------------------------------------------------------------------------------------
 def get_lr(step):
@@ -427,7 +427,7 @@ def evaluate(full=False):
     raw_model.train()
     logits, held_out = torch.tensor(logits, dtype=torch.float64), paths_of(paths, val_rows)
     scores, losses = logits.sigmoid().numpy(), losses_of(logits, torch.from_numpy(held_out['target']))
-    return prm_report(scores, losses, held_out), compared(scores, held_out, paths_of(paths, train_rows), questions) if full else {}
+    return prm_report(scores, losses, held_out), compared(scores, held_out, paths_of(paths, train_rows), questions, poll) if full else {}
 
 if ask:
     fail_if(ddp, '--ask is for one process, without torchrun')

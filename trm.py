@@ -25,8 +25,8 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from configurator import LAUNCH, fail, nearby
-from model import newest, read_whole
+from configurator import LAUNCH, fail, fail_if, nearby
+from model import differ, newest, read_whole
 
 IGNORE = -100  # label of a cell that does not count
 
@@ -510,6 +510,12 @@ def check_progress(checkpoint, halt_threshold):
         checkpoint.update(best_exact=-1.0, best_val_loss=math.inf)
 
 
+def log_means(sums):
+    """(share of the cells, of the puzzles, mean number of steps) of the slots that halted, out of their METRICS summed up."""
+    sums = dict(zip(METRICS, sums, strict=True))
+    return (sums[name] / max(1, sums['count']) for name in ('accuracy', 'exact_accuracy', 'steps'))
+
+
 def of_all_ranks(tensors):
     """These tensors joined with those of the other ranks, which have the same shapes."""
     if not dist.is_initialized():
@@ -808,6 +814,7 @@ def open_both(folder, config, read_only):
             raise ValueError(f'--{name}={config[name]} does not fit {folder}: {value}')
         config.assign(name, value)
         config.given.add(name)  # so that it is stored
+    fail_if(differ([part and part.facts for part in (train, test)]), f'the ranks see different sums: {folder} must be the same on all nodes')
     if train and not train.whole and config['carry_loss_weight'] <= 0:
         raise ValueError('--carry_loss_weight=0: a model of single digits reads its own carries, it has to learn them')
     return train, test

@@ -187,16 +187,6 @@ class Run:
         return self.err
 
 
-def until_done(launcher, rng, kills, longest, *args, **kwargs):
-    """Start, SIGKILL after a random time, start again, `kills` times; then let it end. Returns the last run."""
-    for _ in range(kills):
-        run = launcher.start(*args, **kwargs)
-        time.sleep(rng.uniform(0, longest))
-        run.kill(signal.SIGKILL)
-        assert set(run.wait()) <= {0, -9}, f'{run.codes}\n{run.out}\n{run.err}'
-    return launcher.run(*args, **kwargs).ok()
-
-
 def losses(run):
     return [float(x) for x in re.findall(r'\| loss ([\d.]+)', run.out)]
 
