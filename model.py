@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 import unicodedata
+import warnings
 import zipfile
 import zlib
 from collections import deque
@@ -809,11 +810,23 @@ def encoding_for_all(name, needed):
     return None if any(everyone(encoding is None)) else encoding
 
 
+def map_npy(path):
+    """The array of a .npy file, mapped, not read. ValueError says what is wrong with it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of a damaged header
+            return np.lib.format.open_memmap(path, mode='r')  # np.load would take other formats too
+    except OSError:
+        raise
+    except Exception as error:  # cut off, of objects; a hostile header can provoke any of them
+        raise ValueError(f'cannot be read: {" ".join(str(error).split())[:200]}') from error
+
+
 def open_shard(path):
     """The tokens (n,) uint16 of one file, mapped, not read: llm.c's .bin (256 int32: 20240520, 1, n; then n uint16) or a
     .npy array. ValueError says what is wrong with it."""
     if path.endswith('.npy'):
-        tokens = np.load(path, mmap_mode='r', allow_pickle=False)
+        tokens = map_npy(path)
         if tokens.dtype != np.uint16 or tokens.ndim != 1:
             raise ValueError(f'holds {tokens.dtype} of shape {tokens.shape}, expected one row of uint16')
         return tokens
@@ -855,7 +868,7 @@ def open_shards(folder, T, val_only=False):
                 outside = np.flatnonzero(tokens[i:i + 2 ** 24] >= tokenizer['vocab_size'])
                 if len(outside):
                     raise ValueError(f'token {i + outside[0]} is {tokens[i + outside[0]]}, outside the vocabulary of {tokenizer["vocab_size"]}')
-    except (OSError, ValueError, EOFError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f'{os.path.join(folder, name)}: {error}') from error
     train, val = {n: s for n, s in shards.items() if n not in val_names}, {n: shards[n] for n in val_names}
     for part in [val] if val_only else [train, val]:

@@ -26,7 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from configurator import LAUNCH, fail, nearby
-from model import newest, read_whole
+from model import map_npy, newest, read_whole
 
 IGNORE = -100  # label of a cell that does not count
 
@@ -420,11 +420,11 @@ def _open_part(folder):
     for name in ('inputs', 'labels', 'puzzle_identifiers', 'puzzle_indices', 'group_indices'):
         path = os.path.join(folder, f'all__{name}.npy')
         try:
-            array = np.load(path, mmap_mode='r', allow_pickle=False)
+            array = map_npy(path)
         except OSError as error:
             raise ValueError(f'{path}: {error.strerror or error}') from None
-        except Exception as error:  # truncated, of objects, no array; a hostile header can provoke any of them
-            raise ValueError(f'{path} cannot be read: {" ".join(str(error).split())[:200]}') from None
+        except ValueError as error:
+            raise ValueError(f'{path} {error}') from None
         if array.dtype.kind not in 'iu' or array.ndim != (2 if name in ('inputs', 'labels') else 1):
             raise ValueError(f'{path}: {array.ndim} dimensions of {array.dtype}, expected whole numbers')
         if array.ndim == 2:
