@@ -1236,6 +1236,8 @@ def watch_signals():
 
 def same_data(there, here, names, data):
     """ValueError if the loader_state of a checkpoint differs from the present one in one of these names."""
+    if not isinstance(there, dict):
+        raise ValueError('its data position is no dict')
     for name in names:
         if there[name] != here[name]:
             raise ValueError(f'the data in {data} changed since, its {name} was {str(there[name])[:200]}: '
@@ -1988,13 +1990,19 @@ def open_paths(folder, max_seq_length=0, own_answers=False):
             except (OSError, ValueError) as error:
                 raise ValueError(f'{file} cannot be read: {error}; if it is damaged, delete it, and the command that made it makes it anew') from error
         try:
+            if not isinstance(stored, dict):
+                raise ValueError('it holds no dict')
             for q, question in enumerate(stored['questions']):
                 place = f'question {q}'
+                if not isinstance(question, dict):  # a tensor takes any index, with a warning
+                    raise ValueError('it is no dict')
                 text, ids = question['question'], question.get('question_ids')
                 if not isinstance(text, str) or ids is not None and not (torch.is_tensor(ids) and ids.dtype == torch.int64 and ids.dim() == 1 and len(ids)):
                     raise ValueError('its question is no text, or its question_ids are no int64 tokens')
                 for p, path in enumerate(question['paths']):
                     place = f'question {q}, path {p}'
+                    if not isinstance(path, dict):
+                        raise ValueError('it is no dict')
                     latents, score, right = path.get('latent_history'), path.get('prm_score'), path.get('is_correct')
                     if latents is None or score is None or own_answers and right is None:
                         left_out += 1
