@@ -1094,6 +1094,8 @@ def read_whole(path):
             pending += value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else []
             if torch.is_tensor(value) and value.numel() * value.element_size() > value.untyped_storage().nbytes():
                 raise ValueError('a tensor in it claims more numbers than it brings')
+            if torch.is_tensor(value) and value.is_complex():  # copied to real ones with a warning
+                raise ValueError('a tensor in it holds complex numbers')
         return content
     except FileNotFoundError:
         raise
@@ -1126,6 +1128,9 @@ def whole_checkpoint(path, read, name):
         if 'step' in found and not (type(found['step']) is type(found['log_bytes']) is int and found['step'] >= 0 and type(found['ranks']) is list
                                     and type(found['config']) is type(found['given']) is dict):
             raise ValueError('its entries are not those of a checkpoint')
+        wrong = [name for name, n in found.items() if str(name).endswith('_count') and not (type(n) is int and n >= 0)]
+        if 'step' in found and wrong:
+            raise ValueError(f'its {wrong[0]} is no count')
         return found, ''
     except FileNotFoundError:
         return None, 'does not exist' + nearby(path)
@@ -1213,7 +1218,7 @@ def open_log(path, path_of, read, checkpoint, checkpoint_file, explicit):
 
 def append(path, descriptor, text, stop):
     """Add the text to the end of the log, nothing if it is not open (-1). A full disk is left in `stop` for poll(), where all ranks meet."""
-    data = text.encode()
+    data = text.encode(errors='backslashreplace')  # as on the terminal
     try:
         while data and descriptor >= 0:
             data = data[os.write(descriptor, data):]

@@ -506,6 +506,8 @@ def check_progress(checkpoint, halt_threshold):
     """ValueError if a checkpoint summed up other measures; accuracies at another threshold are of another kind: its best one is forgotten."""
     if len(checkpoint['sums']) != len(METRICS):
         raise ValueError(f'it sums up {len(checkpoint["sums"])} measures')
+    if not all(type(number) in (int, float) for number in checkpoint['sums']):
+        raise ValueError('what it sums up are no numbers')
     if checkpoint['config'].get('halt_threshold', 0.5) != halt_threshold:
         checkpoint.update(best_exact=-1.0, best_val_loss=math.inf)
 
