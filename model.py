@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 import unicodedata
+import warnings
 import zipfile
 import zlib
 from collections import deque
@@ -822,11 +823,23 @@ def encoding_for_all(name, needed):
     return None if any(everyone(encoding is None)) else encoding
 
 
+def map_npy(path):
+    """The array of a .npy file, mapped, not read. ValueError says what is wrong with it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of a damaged header
+            return np.lib.format.open_memmap(path, mode='r')  # np.load would take other formats too
+    except OSError:
+        raise
+    except Exception as error:  # cut off, of objects; a hostile header can provoke any of them
+        raise ValueError(f'cannot be read: {" ".join(str(error).split())[:200]}') from error
+
+
 def open_shard(path):
     """The tokens (n,) uint16 of one file, mapped, not read: llm.c's .bin (256 int32: 20240520, 1, n; then n uint16) or a
     .npy array. ValueError says what is wrong with it."""
     if path.endswith('.npy'):
-        tokens = np.load(path, mmap_mode='r', allow_pickle=False)
+        tokens = map_npy(path)
         if tokens.dtype != np.uint16 or tokens.ndim != 1:
             raise ValueError(f'holds {tokens.dtype} of shape {tokens.shape}, expected one row of uint16')
         return tokens
@@ -868,7 +881,7 @@ def open_shards(folder, T, val_only=False):
                 outside = np.flatnonzero(tokens[i:i + 2 ** 24] >= tokenizer['vocab_size'])
                 if len(outside):
                     raise ValueError(f'token {i + outside[0]} is {tokens[i + outside[0]]}, outside the vocabulary of {tokenizer["vocab_size"]}')
-    except (OSError, ValueError, EOFError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f'{os.path.join(folder, name)}: {error}') from error
     train, val = {n: s for n, s in shards.items() if n not in val_names}, {n: shards[n] for n in val_names}
     for part in [val] if val_only else [train, val]:
@@ -1094,6 +1107,8 @@ def read_whole(path):
             pending += value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else []
             if torch.is_tensor(value) and value.numel() * value.element_size() > value.untyped_storage().nbytes():
                 raise ValueError('a tensor in it claims more numbers than it brings')
+            if torch.is_tensor(value) and value.is_complex():  # copied to real ones with a warning
+                raise ValueError('a tensor in it holds complex numbers')
         return content
     except FileNotFoundError:
         raise
@@ -1126,6 +1141,9 @@ def whole_checkpoint(path, read, name):
         if 'step' in found and not (type(found['step']) is type(found['log_bytes']) is int and found['step'] >= 0 and type(found['ranks']) is list
                                     and type(found['config']) is type(found['given']) is dict):
             raise ValueError('its entries are not those of a checkpoint')
+        wrong = [name for name, n in found.items() if str(name).endswith('_count') and not (type(n) is int and n >= 0)]
+        if 'step' in found and wrong:
+            raise ValueError(f'its {wrong[0]} is no count')
         return found, ''
     except FileNotFoundError:
         return None, 'does not exist' + nearby(path)
@@ -1213,7 +1231,7 @@ def open_log(path, path_of, read, checkpoint, checkpoint_file, explicit):
 
 def append(path, descriptor, text, stop):
     """Add the text to the end of the log, nothing if it is not open (-1). A full disk is left in `stop` for poll(), where all ranks meet."""
-    data = text.encode()
+    data = text.encode(errors='backslashreplace')  # as on the terminal
     try:
         while data and descriptor >= 0:
             data = data[os.write(descriptor, data):]
@@ -1236,6 +1254,8 @@ def watch_signals():
 
 def same_data(there, here, names, data):
     """ValueError if the loader_state of a checkpoint differs from the present one in one of these names."""
+    if not isinstance(there, dict):
+        raise ValueError('its data position is no dict')
     for name in names:
         if there[name] != here[name]:
             raise ValueError(f'the data in {data} changed since, its {name} was {str(there[name])[:200]}: '
@@ -1988,13 +2008,19 @@ def open_paths(folder, max_seq_length=0, own_answers=False):
             except (OSError, ValueError) as error:
                 raise ValueError(f'{file} cannot be read: {error}; if it is damaged, delete it, and the command that made it makes it anew') from error
         try:
+            if not isinstance(stored, dict):
+                raise ValueError('it holds no dict')
             for q, question in enumerate(stored['questions']):
                 place = f'question {q}'
+                if not isinstance(question, dict):  # a tensor takes any index, with a warning
+                    raise ValueError('it is no dict')
                 text, ids = question['question'], question.get('question_ids')
                 if not isinstance(text, str) or ids is not None and not (torch.is_tensor(ids) and ids.dtype == torch.int64 and ids.dim() == 1 and len(ids)):
                     raise ValueError('its question is no text, or its question_ids are no int64 tokens')
                 for p, path in enumerate(question['paths']):
                     place = f'question {q}, path {p}'
+                    if not isinstance(path, dict):
+                        raise ValueError('it is no dict')
                     latents, score, right = path.get('latent_history'), path.get('prm_score'), path.get('is_correct')
                     if latents is None or score is None or own_answers and right is None:
                         left_out += 1

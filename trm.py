@@ -26,7 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from configurator import LAUNCH, fail, fail_if, nearby
-from model import differ, newest, read_whole
+from model import differ, map_npy, newest, read_whole
 
 IGNORE = -100  # label of a cell that does not count
 
@@ -420,11 +420,11 @@ def _open_part(folder):
     for name in ('inputs', 'labels', 'puzzle_identifiers', 'puzzle_indices', 'group_indices'):
         path = os.path.join(folder, f'all__{name}.npy')
         try:
-            array = np.load(path, mmap_mode='r', allow_pickle=False)
+            array = map_npy(path)
         except OSError as error:
             raise ValueError(f'{path}: {error.strerror or error}') from None
-        except Exception as error:  # truncated, of objects, no array; a hostile header can provoke any of them
-            raise ValueError(f'{path} cannot be read: {" ".join(str(error).split())[:200]}') from None
+        except ValueError as error:
+            raise ValueError(f'{path} {error}') from None
         if array.dtype.kind not in 'iu' or array.ndim != (2 if name in ('inputs', 'labels') else 1):
             raise ValueError(f'{path}: {array.ndim} dimensions of {array.dtype}, expected whole numbers')
         if array.ndim == 2:
@@ -506,6 +506,8 @@ def check_progress(checkpoint, halt_threshold):
     """ValueError if a checkpoint summed up other measures; accuracies at another threshold are of another kind: its best one is forgotten."""
     if len(checkpoint['sums']) != len(METRICS):
         raise ValueError(f'it sums up {len(checkpoint["sums"])} measures')
+    if not all(type(number) in (int, float) for number in checkpoint['sums']):
+        raise ValueError('what it sums up are no numbers')
     if checkpoint['config'].get('halt_threshold', 0.5) != halt_threshold:
         checkpoint.update(best_exact=-1.0, best_val_loss=math.inf)
 

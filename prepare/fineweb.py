@@ -273,15 +273,27 @@ def write_json(path, facts):
     write_file(path, (json.dumps(facts, indent=1) + '\n').encode())
 
 
-def read_json(path, settings, more):
-    """The facts in a manifest.json or progress.json, which must come from the same settings; None if there is no such file."""
+def adds_up(facts, parts):
+    """Are the counts in a manifest.json or progress.json whole numbers, and its tokens those of its `parts`, shards or pieces?"""
+    files, place = facts[parts], facts.get('next', [0, 0, 0])
+    if not isinstance(files, list) or not all(isinstance(file, dict) and isinstance(file.get('name', ''), str) for file in files):
+        return False
+    if not isinstance(place, list) or len(place) != 3:
+        return False
+    sizes = [file.get('tokens') for file in files]
+    counts = [*sizes, *place, *(facts.get(key, 0) for key in ('tokens', 'documents', 'empty_documents', 'bytes'))]
+    return all(type(n) is int and n >= 0 for n in counts) and sum(sizes) == facts['tokens']
+
+
+def read_json(path, settings, more, parts=''):
+    """The facts in a manifest.json or progress.json, which must come from the same settings and add up to their `parts`; None if there is no such file."""
     if not path.exists():
         return None
     try:
         facts = json.loads(path.read_bytes())
     except (ValueError, RecursionError):
         facts = None
-    if not isinstance(facts, dict) or not all(key in facts for key in (*settings, *more)):
+    if not isinstance(facts, dict) or not all(key in facts for key in (*settings, *more)) or parts and not adds_up(facts, parts):
         fail(f'{path} is damaged or was not written by this script: delete the folder or choose another --output_dir')
     changed = [key for key in settings if facts[key] != settings[key]]
     if changed:
@@ -315,7 +327,7 @@ def write_shards(output_dir, settings, stream, num_workers=0):
         fail(f'--num_workers={num_workers}: expected 0 (one per core) or more')
     with one_line_errors(output_dir):
         folder = Path(output_dir)
-        manifest = read_json(folder / 'manifest.json', settings, ('tokens', 'shards'))
+        manifest = read_json(folder / 'manifest.json', settings, ('tokens', 'shards'), 'shards')
         if manifest is None:
             manifest = _write_shards(folder, settings, stream, num_workers or os.cpu_count())
             for shard in manifest['shards']:
@@ -334,7 +346,7 @@ def write_shards(output_dir, settings, stream, num_workers=0):
 def _write_shards(folder, settings, stream, workers):
     """Tokenise into pieces of shard_size tokens, then cut those into shards, whose size depends on the total."""
     state = {**settings, 'next': [0, 0, 0], 'tokens': 0, 'documents': 0, 'empty_documents': 0, 'bytes': 0, 'pieces': []}
-    progress = read_json(folder / 'pieces' / 'progress.json', settings, state)
+    progress = read_json(folder / 'pieces' / 'progress.json', settings, state, 'pieces')
     if progress is None:
         strange = sorted(folder.glob('*.bin')) if folder.is_dir() else []
         if strange:  # a trainer would read them together with ours

@@ -17,7 +17,6 @@ The folder: {name}_00000.pt, ... of shard_size questions each, for torch.load(we
 finished, accuracy, majority vote, pass@N, the distribution of scores. The same command again, after a crash or with a larger --max_samples, continues.
 """
 import hashlib
-import math
 import os
 import re
 import sys
@@ -287,7 +286,11 @@ def adopt(folder):
         usual = globals()[name]
         value = known.get(name, usual)
         like = type(value) is type(usual) or type(usual) is float and type(value) is int
-        if not like or type(usual) in (int, float) and not (0 if type(usual) is float else 1) <= value < math.inf:
+        if type(usual) in (int, float):
+            like = like and (0 if type(usual) is float else 1) <= value < 1e300
+        elif name in ('agents', 'diversity_strategy'):
+            like = like and (all(isinstance(agent, str) for agent in value) if name == 'agents' else value in ('hybrid', *NOISE))
+        if not like:
             raise ValueError(f'{found[0]}: {name} is {value!r:.60}')
         globals()[name] = value
 

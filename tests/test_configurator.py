@@ -1,6 +1,6 @@
 """The command line of every script: each form that the guides use, each mistake a user can make, and hostile files.
 
-FUZZ=2000 python -m pytest tests/test_configurator.py   (100 random command lines and 100 random settings files else)
+python -m pytest tests/test_configurator.py --fuzz=2000     (100 random command lines and 100 random settings files else)
 """
 import ast
 import contextlib
@@ -18,7 +18,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FUZZ = int(os.environ.get('FUZZ', 100))
 ALIASES = {'lr': 'max_lr', 'use_average': 'ema'}
 SCRIPT = '''"""Trains nothing.
 
@@ -602,8 +601,8 @@ def names():
     return [*parse(), *ALIASES]
 
 
-def test_random_command_lines(names):
-    for seed in range(FUZZ):
+def test_random_command_lines(names, fuzz):
+    for seed in range(fuzz):
         random.seed(seed)
         words = []
         for _ in range(random.randint(1, 5)):
@@ -616,10 +615,10 @@ def test_random_command_lines(names):
             pytest.fail(f'seed {seed}, {words!r}: {error!r}')
 
 
-def test_random_settings_files(names):
+def test_random_settings_files(names, fuzz):
     parse().save('saved.py')
     saved = Path('saved.py').read_bytes()
-    for seed in range(FUZZ):
+    for seed in range(fuzz):
         random.seed(seed)
         kind = seed % 4
         if kind == 0:  # a good file with flipped, cut or doubled bytes
