@@ -125,18 +125,22 @@ class GELU(torch.autograd.Function):
         return derivative.mul_(upstream)  # a second backward fails: autograd sees that what it stored has changed
 
 
+def gelu_new(x):
+    return GELU.apply(x) if x.device.type == 'cpu' and x.dtype.itemsize >= 4 else F.gelu(x, approximate='tanh')
+
+
+ACTIVATIONS = {'gelu_new': gelu_new, 'gelu': F.gelu}  # by the names of transformers' config.json
+
+
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        assert config.activation in ('gelu_new', 'gelu'), f'unknown activation {config.activation!r}'
-        self.dropout, self.tanh = config.dropout, config.activation == 'gelu_new'
+        self.dropout, self.activation = config.dropout, ACTIVATIONS[config.activation]
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
-        x = self.c_fc(x)
-        x = GELU.apply(x) if self.tanh and x.device.type == 'cpu' and x.dtype.itemsize >= 4 else F.gelu(x, approximate='tanh' if self.tanh else 'none')
-        return F.dropout(self.c_proj(x), self.dropout, self.training)
+        return F.dropout(self.c_proj(self.activation(self.c_fc(x))), self.dropout, self.training)
 
 
 class Block(nn.Module):
@@ -458,9 +462,9 @@ def _read_gpt(path, whole):
         for name, value in fixed.items():
             if config.get(name, value) != value:
                 raise ValueError(f'config.json says {name} {config[name]!r}, this model has {value!r}')
-        config['activation'] = {'gelu_new': 'gelu_new', 'gelu_pytorch_tanh': 'gelu_new', 'gelu': 'gelu'}.get(config.get('activation_function', 'gelu_new'))
-        if not config['activation']:
-            raise ValueError(f'config.json says activation_function {config["activation_function"]!r}, known are gelu_new and gelu')
+        config['activation'] = {'gelu_pytorch_tanh': 'gelu_new'}.get(name := str(config.get('activation_function', 'gelu_new')), name)
+        if config['activation'] not in ACTIVATIONS:
+            raise ValueError(f'config.json says activation_function {name!r}, known are {", ".join(ACTIVATIONS)}')
     else:
         stored = read_whole(path)
         if not isinstance(stored, dict) or not isinstance(stored.get('model', stored), dict):
@@ -494,7 +498,7 @@ def _read_gpt(path, whole):
         expected = {name.removeprefix('transformer.'): p.shape for name, p in GPT(GPTConfig(n_head=1, **shape)).named_parameters()}
     published = {(size['n_layer'], size['n_embd']): size['n_head'] for size in GPT_SIZES.values()}.get((n_layer, C), 0)
     n_head, shape['activation'] = config.get('n_head', published), config.get('activation', 'gelu_new')
-    if type(n_head) is not int or n_head < 0 or n_head and C % n_head or shape['activation'] not in ('gelu_new', 'gelu'):
+    if type(n_head) is not int or n_head < 0 or n_head and C % n_head or str(shape['activation']) not in ACTIVATIONS:
         raise ValueError(f'it says n_head {n_head!r} and activation {shape["activation"]!r} at a width of {C}')
     if n_head:  # a bare state dict of a size of one's own cannot tell
         shape['n_head'] = n_head
@@ -670,8 +674,9 @@ def load_optimizer_state(model, optimizers, stored):
         if not stored['state'].keys() & set(order):
             continue  # it has made no update yet
         state = {i: {key: part(model, name, value) for key, value in stored['state'][name].items()} for i, name in enumerate(order)}
-        expected = {'momentum_buffer'} if isinstance(o, torch.optim.Muon) else {'step', 'exp_avg', 'exp_avg_sq'}
-        if any(now.keys() != expected for now in state.values()):
+        adam = {'step', 'exp_avg', 'exp_avg_sq'}
+        expected = dict(Muon={'momentum_buffer'}, AdamW=adam, AdamATan2=adam).get(type(o).__name__)  # of another one whatever it stored
+        if expected and any(now.keys() != expected for now in state.values()):
             raise ValueError(f'the state of its optimizer is not that of {type(o).__name__}')
         for name, now in zip(order, state.values(), strict=True):  # load_state_dict does not look at shapes
             if any(torch.is_tensor(value) and value.dim() and value.shape != shapes[name] for value in now.values()):
@@ -957,7 +962,7 @@ def open_rows(folder, block_size):
     try:
         manifest = read_whole(os.path.join(folder, name))
         tokenizer = {key: manifest.get(key) for key in TOKENIZERS['gpt2']}
-        categories = manifest['categories']
+        categories = manifest.get('categories')
         if tokenizer not in TOKENIZERS.values() or not isinstance(categories, list) or not all(isinstance(c, str) for c in categories):
             raise ValueError(f'{tokenizer} is none of the known tokenizers, or categories {categories!r} are no names')
         names = sorted(name for name in os.listdir(folder) if name.endswith('.npz'))
@@ -1176,9 +1181,9 @@ def steps_on_disk(path_of, suffix=''):
 
 def first_readable(paths, read, path_of, strict=False, weights_too=False):
     """(checkpoint, its path, set of the paths before it that are damaged) of the first of the paths that reads whole; (None, '', ...) if none does. A
-    damaged one is named in a warning and left as it is; strict: it ends the script. weights_too: files of weights alone count."""
+    damaged one is named in a warning and left as it is; strict: it ends the script. weights_too: files of weights alone count. None: nothing is looked for."""
     damaged = set()
-    for path in paths:
+    for path in paths or ():
         checkpoint, problem = whole_checkpoint(path, read, os.path.basename(path_of(0)))
         if checkpoint and ('step' in checkpoint or weights_too):
             return checkpoint, path, damaged
@@ -1187,6 +1192,10 @@ def first_readable(paths, read, path_of, strict=False, weights_too=False):
             fail(f'{path} {problem}')
         damaged.add(path)
         print0(f'WARNING: {path} {problem}; it is left as it is')
+    if paths is not None and not damaged and not weights_too:
+        folder = os.path.dirname(path_of(0))
+        begun = os.path.exists(os.path.join(folder, 'config.py'))
+        print0(f'no checkpoint in {folder} yet: a new run begins' + f' ({folder}/config.py repeats the settings of the one that was begun there)' * begun)
     return None, '', damaged
 
 

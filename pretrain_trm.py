@@ -148,7 +148,7 @@ if 'load_checkpoint' in config.typed_here and load_checkpoint:
 # Which checkpoint this launch reads, if any. What was typed when that run began counts as typed again, unless anew.
 reading = resume or auto_resume or read_only
 fail_if(checkpoint_path and not reading, f'--checkpoint_path={checkpoint_path} does nothing by itself: add --resume to continue from it')
-found = [checkpoint_path] if checkpoint_path else newest_first() if reading else []
+found = [checkpoint_path] if checkpoint_path else newest_first() if reading else None
 checkpoint, checkpoint_file, damaged = first_readable(found, checkpoint_of, checkpoint_path_of, strict=checkpoint_path != '' and not lenient,
                                                       weights_too=checkpoint_path != '' or read_only)
 resumed = checkpoint is not None and 'step' in checkpoint and not read_only

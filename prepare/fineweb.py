@@ -109,7 +109,7 @@ def parsed(line, where):
     except UnicodeDecodeError as error:
         fail(f'{where}: not UTF-8 ({error.reason} at byte {error.start} of the line)')
     except (ValueError, RecursionError) as error:
-        fail(f'{where}: not JSON ({error})')
+        fail(f'{where}: not JSON ({error}), expected an object on each line')
 
 
 def read_jsonl(path, first):

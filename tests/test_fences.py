@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [name for name in ('train_gpt2.py', 'finetune_dolly.py', 'pretrain_trm.py', 'finetune_addition.py', 'train_latent_prm.py') if (ROOT / name).exists()]
 BANNERS = ['settings', 'command line', 'run folder', 'stored run (=)', 'derived', 'distributed (=)', 'precision and seed (=)', 'data', 'model', 'optimizer',
            'checkpoint (=)', 'resume (=)', 'compile and wrap (=)', 'learning rate (=)', 'evaluation', 'training loop', 'finish']
-LONGEST = 600
+LONGEST = 650  # today's have 600 at most: there is room for what you add
 
 
 def sections(source):
@@ -50,7 +50,8 @@ def test_blocks_are_identical():
 
 def test_scripts_can_be_read_in_one_sitting():
     for name in SCRIPTS:
-        assert len((ROOT / name).read_text().splitlines()) <= LONGEST, name
+        lines = len((ROOT / name).read_text().splitlines())
+        assert lines <= LONGEST, f'{name} has {lines} lines, more than {LONGEST}: what has its own maths can go into model.py or trm.py'
 
 
 def test_a_drifted_copy_is_seen_and_repaired():
@@ -65,6 +66,8 @@ if __name__ == '__main__':
     chosen = sys.argv[2] if sys.argv[1:2] == ['--fix'] else SCRIPTS[0]
     for name in SCRIPTS:
         path = ROOT / name
-        print(difference(name, chosen, path.read_text(), (ROOT / chosen).read_text()), end='')
-        if sys.argv[1:2] == ['--fix']:
+        differs = difference(name, chosen, path.read_text(), (ROOT / chosen).read_text())
+        print(differs, end='')
+        if differs and sys.argv[1:2] == ['--fix']:
             path.write_text(fixed(path.read_text(), (ROOT / chosen).read_text()))
+            print(f'{name}: its blocks (=) are now those of {chosen} (the lines with - above)')
