@@ -3,6 +3,7 @@ guide 000."""
 import json
 import os
 import re
+import signal
 import shlex
 import shutil
 import subprocess
@@ -170,6 +171,20 @@ def test_lengths_and_evaluations(trains, tmp_path):
     trains('--epochs=1', '--log_dir=more', base=base).ok()
     run = trains('--total_steps=14', '--log_dir=more', '--auto_resume', base=base).ok()  # a stored length gives way to a typed one
     assert (tmp_path / 'more/step_14').exists()
+
+
+def test_a_signal_ends_ask_at_once(trains, launcher, tmp_path):
+    trains('--total_steps=1').ok()
+    run = launcher.start('finetune_addition.py', ['--log_dir=run', '--ask=1+2'], cwd=tmp_path, prelude="""
+import time, trm
+def slow(self, *args):
+    print('HERE', flush=True)
+    time.sleep(50)
+trm.TRM.forward = slow
+""")
+    run.wait_for('HERE')
+    run.kill(signal.SIGTERM)
+    assert run.wait(20) == [-signal.SIGTERM]
 
 
 @pytest.mark.parametrize('args, told', [

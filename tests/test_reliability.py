@@ -903,6 +903,14 @@ def test_a_changed_shape_is_refused_by_name(bench):
     assert tree(folder) == before
 
 
+def test_ranks_that_see_other_data_end(bench):
+    """Rank 1 looks into another folder, as on a node that lacks a shard."""
+    shutil.copytree(bench.cwd / 'data', bench.cwd / 'other/data')
+    bench.case.change(bench.cwd / 'other/data')
+    run = go(bench, ranks=2, prelude="import os; os.environ['RANK'] == '1' and os.chdir('other')")
+    assert 'must be the same on all nodes' in run.one_line(2) and not (bench.cwd / 'run').exists()
+
+
 def test_changed_data_are_refused_with_a_sentence(bench):
     folder = stopped(bench, 4)
     before = tree(folder)
