@@ -2018,18 +2018,18 @@ def open_paths(folder, max_seq_length=0, own_answers=False):
                 raise ValueError(f'{file} cannot be read: {error}; if it is damaged, delete it, and the command that made it makes it anew') from error
         try:
             if not isinstance(stored, dict):
-                raise ValueError('it holds no dict')
+                raise TypeError('no dict')
             for q, question in enumerate(stored['questions']):
                 place = f'question {q}'
                 if not isinstance(question, dict):  # a tensor takes any index, with a warning
-                    raise ValueError('it is no dict')
+                    raise TypeError('no dict')
                 text, ids = question['question'], question.get('question_ids')
                 if not isinstance(text, str) or ids is not None and not (torch.is_tensor(ids) and ids.dtype == torch.int64 and ids.dim() == 1 and len(ids)):
                     raise ValueError('its question is no text, or its question_ids are no int64 tokens')
                 for p, path in enumerate(question['paths']):
                     place = f'question {q}, path {p}'
                     if not isinstance(path, dict):
-                        raise ValueError('it is no dict')
+                        raise TypeError('no dict')
                     latents, score, right = path.get('latent_history'), path.get('prm_score'), path.get('is_correct')
                     if latents is None or score is None or own_answers and right is None:
                         left_out += 1
