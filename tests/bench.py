@@ -68,6 +68,12 @@ TRM = {'trm_tiny': dict(hidden_size=64, num_heads=4, L_layers=1, H_cycles=2, L_c
        'trm_attention': dict(hidden_size=128, num_heads=4, L_layers=2, H_cycles=3, L_cycles=4, B=16, mlp_t=False, pos_encodings='rope'),
        'trm_official': dict(hidden_size=512, num_heads=8, L_layers=2, H_cycles=3, L_cycles=6, B=8)}  # but for the batch, 768
 
+NO_EVALUATION = {'or step == 0 or last:\n            val_loss': ':\n            val_loss'}  # of finetune_dolly.py
+RANDOM_BATCHES = {  # of model.py: padded to their longest row, every position meets the head
+    'window[np.argsort(lengths[window], kind=\'stable\')]': 'window', 'return -(-length // 16) * 16': 'return int(length)',
+    'loss = HeadLoss.apply(x if places is None else x[places], weight, targets, torch.is_grad_enabled(), factors, shared)':
+    'loss = HeadLoss.apply(x, weight, targets.new_full((len(x),), -1).scatter(0, places, targets), torch.is_grad_enabled(), None, shared)'}
+
 
 def replaced(source, changes):
     for old, new in changes.items():
@@ -361,13 +367,10 @@ def measure_finetuning():
             there.mkdir()
             for file in ('finetune_dolly.py', 'configurator.py', 'model.py'):
                 shutil.copy(ROOT / file, there)
-            source = replaced((there / 'finetune_dolly.py').read_text(), {'or step == 0 or last:\n            progress': ':\n            progress'})  # no evaluation
+            source = replaced((there / 'finetune_dolly.py').read_text(), NO_EVALUATION)
             (there / 'finetune_dolly.py').write_text(source)
             if name != 'ours':
-                (there / 'model.py').write_text(replaced((there / 'model.py').read_text(), {
-                    'window[np.argsort(lengths[window], kind=\'stable\')]': 'window', 'return -(-length // 16) * 16': 'return int(length)',
-                    'loss = HeadLoss.apply(x if places is None else x[places], weight, targets, torch.is_grad_enabled(), factors, shared)':
-                    'loss = HeadLoss.apply(x, weight, targets.new_full((len(x),), -1).scatter(0, places, targets), torch.is_grad_enabled(), None, shared)'}))
+                (there / 'model.py').write_text(replaced((there / 'model.py').read_text(), RANDOM_BATCHES))
             start[name] = there, common, r' dt (\d+)ms \| tok/s ([\d,]+)'
         if nanogpt:
             there = folder / 'nanogpt'

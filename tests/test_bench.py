@@ -4,7 +4,7 @@ import re
 import subprocess
 import sys
 
-from bench import LINE, laptop_runs
+from bench import LINE, NO_EVALUATION, RANDOM_BATCHES, laptop_runs, replaced
 from harness import ROOT
 
 
@@ -24,6 +24,11 @@ def test_what_the_table_of_all_scripts_runs(launcher, tmp_path):
         run = launcher.run(script, [*args, '--device=cpu', f'{folder}=run_{script}', '--max_steps=2'], cwd=tmp_path).ok()
         assert len(re.findall(LINE, run.out)) == 2, run.out
     assert sorted(runs) == sorted(path.name for path in ROOT.glob('*_*.py'))
+
+
+def test_what_is_replaced_in_our_own_code_is_there():
+    for name, changes in (('finetune_dolly.py', NO_EVALUATION), ('model.py', RANDOM_BATCHES)):
+        replaced((ROOT / name).read_text(), changes)
 
 
 def test_bench_names_unknown_cases(tmp_path):
