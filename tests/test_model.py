@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from harness import make_text_data, write_shard
 
+import model
 from model import GELU, GPT, GPT_SIZES, GPTConfig, HeadLoss, ahead, load_tokenizer, newest, open_shards, read_whole, shard_rows
 
 SMALL = GPTConfig(block_size=32, vocab_size=96, n_layer=3, n_head=4, n_embd=32)
@@ -421,3 +422,26 @@ def test_batches_come_in_order_and_so_many_ahead(count):
     assert found + list(batches) == [0, 1, 10, 11, 20, 21] and begun == turns
     with pytest.raises(ValueError, match='a bad row'):
         list(ahead(batch, [(2, 0), (3, 0)], count))
+
+
+# ---- what a reader may add
+def test_another_optimizer_is_resumed():
+    config = model.GPTConfig(block_size=8, vocab_size=16, n_layer=1, n_head=2, n_embd=8)
+    nets = [model.GPT(config) for _ in range(2)]
+    first, second = ([torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)] for net in nets)
+    nets[0](torch.zeros(1, 8, dtype=torch.long), torch.ones(1, 8, dtype=torch.long)).backward()
+    first[0].step()
+    stored = model.optimizer_state(nets[0], first)
+    model.load_optimizer_state(nets[1], second, stored)
+    again = model.optimizer_state(nets[1], second)['state']
+    assert stored['state'] and all(torch.equal(again[name]['momentum_buffer'], state['momentum_buffer']) for name, state in stored['state'].items())
+
+
+def test_another_activation_is_one_entry(tmp_path, monkeypatch):
+    monkeypatch.setitem(model.ACTIVATIONS, 'relu2', lambda x: x.relu() ** 2)
+    net = model.GPT(model.GPTConfig(block_size=8, vocab_size=16, n_layer=1, n_head=2, n_embd=8, activation='relu2'))
+    torch.save(dict(model=net.state_dict(), config=dict(n_head=2, activation='relu2')), tmp_path / 'a.pt')
+    assert model.read_gpt(str(tmp_path / 'a.pt'))['config']['activation'] == 'relu2'
+    monkeypatch.delitem(model.ACTIVATIONS, 'relu2')
+    with pytest.raises(ValueError, match='relu2'):
+        model.read_gpt(str(tmp_path / 'a.pt'))

@@ -749,8 +749,12 @@ def test_a_fresh_start_in_a_used_folder_is_refused(bench):
 @pytest.mark.slots
 @pytest.mark.parametrize('verb', ['--auto_resume', '--resume'])
 def test_resume_where_nothing_is_begins_and_else_continues(bench, verb):
-    go(bench, verb).ok()
+    assert 'no checkpoint in run yet: a new run begins\n' in go(bench, verb).ok().out
     same(bench, straight(bench))
+    for path in (bench.cwd / 'run').iterdir():
+        if path.name != 'config.py':
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert 'run/config.py repeats the settings' in go(bench, verb).ok().out
     shutil.rmtree(bench.cwd / 'run')
     stopped(bench, 4)
     run = go(bench, verb).ok()
