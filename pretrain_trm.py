@@ -32,7 +32,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import configure, fail, fail_if, master, nearby, print0
-from model import PEAK_FLOPS, git_commit, load_optimizer_state, norms_by_part, optimizer_state, sum_each, total_norm
+from model import PEAK_FLOPS, git_commit, load_optimizer_state, norms_by_part, optimizer_state, sum_alike, total_norm
 from model import NO_WANDB, agree, ahead, append, cannot_write, cpu_group, differ, everyone, find_device, first_readable, generator_states, on_cpu
 from model import open_log, rotate, same_data, seed_generators, set_generator_states, start_wandb, steps_on_disk, watch_signals, write_together, write_whole
 from trm import IGNORE, METRICS, SHAPE, AdamATan2, all_config, all_votes, arc_result, arc_vote, average_of, begin_with, check_progress, deal_carries, drawn
@@ -399,7 +399,7 @@ if compile:
 net = raw_model
 if ddp and data_parallel and not read_only and any(p.requires_grad for p in raw_model.parameters()):
     net = DistributedDataParallel(raw_model, device_ids=[local_rank] if device_type == 'cuda' else None, gradient_as_bucket_view=True)
-    net.register_comm_hook(world_size, sum_each)  # as DDP would sum, but the same after a resume
+    sum_alike(net, world_size)  # as DDP would sum, but the same after a resume
 
 # ---- learning rate (=) ---------------------------------------------------------------------------------------------
 def get_lr(step):

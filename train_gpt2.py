@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from configurator import configure, fail, fail_if, master, nearby, print0
 from model import GPT, GPT_SIZES, PEAK_FLOPS, GPTConfig, begin_gpt, encoding_for_all, export_files, fit_weights, git_commit, hellaswag_scores
 from model import load_optimizer_state, load_whole_weights, make_optimizers, norms_by_part, open_hellaswag, open_shards, optimizer_state, path_of_gpt, printable
-from model import read_gpt, shard_rows, shared_out, sum_each, sum_gradients, tensor_parallel, tokenizer_of, total_norm, whole_weights
+from model import read_gpt, shard_rows, shared_out, sum_alike, sum_gradients, tensor_parallel, tokenizer_of, total_norm, whole_weights
 from model import NO_WANDB, agree, ahead, append, cannot_write, cpu_group, differ, everyone, find_device, first_readable, generator_states, on_cpu
 from model import open_log, rotate, same_data, seed_generators, set_generator_states, start_wandb, steps_on_disk, watch_signals, write_together, write_whole
 
@@ -394,7 +394,7 @@ if compile:
 net = raw_model
 if ddp and data_parallel and not read_only and any(p.requires_grad for p in raw_model.parameters()):
     net = DistributedDataParallel(raw_model, device_ids=[local_rank] if device_type == 'cuda' else None, gradient_as_bucket_view=True)
-    net.register_comm_hook(world_size, sum_each)  # as DDP would sum, but the same after a resume
+    sum_alike(net, world_size)  # as DDP would sum, but the same after a resume
 
 # ---- learning rate (=) ---------------------------------------------------------------------------------------------
 def get_lr(step):

@@ -40,7 +40,7 @@ from tqdm import tqdm
 from configurator import configure, fail, fail_if, master, nearby, print0
 from model import PEAK_FLOPS, QwenLatentPRM, bucketed, by_question, check_paths, choice_lines, compared, find_model, git_commit, load_optimizer_state
 from model import make_optimizers, newest_prm_run, open_split, optimizer_state, ordered_pairs, padded_paths, path_tensors, paths_of, prm_checkpoints, prm_files
-from model import prm_line, prm_report, prm_step, read_prm, set_aside_later, shared_out, sum_each, table_lines, total_norm, training_stats
+from model import prm_line, prm_report, prm_step, read_prm, set_aside_later, shared_out, sum_alike, table_lines, total_norm, training_stats
 from model import NO_WANDB, agree, ahead, append, cannot_write, cpu_group, differ, everyone, find_device, first_readable, generator_states, on_cpu
 from model import open_log, rotate, same_data, seed_generators, set_generator_states, start_wandb, steps_on_disk, watch_signals, write_together, write_whole
 
@@ -394,7 +394,7 @@ if compile:
 net = raw_model
 if ddp and data_parallel and not read_only and any(p.requires_grad for p in raw_model.parameters()):
     net = DistributedDataParallel(raw_model, device_ids=[local_rank] if device_type == 'cuda' else None, gradient_as_bucket_view=True)
-    net.register_comm_hook(world_size, sum_each)  # as DDP would sum, but the same after a resume
+    sum_alike(net, world_size)  # as DDP would sum, but the same after a resume
 
 # ---- learning rate (=) ---------------------------------------------------------------------------------------------
 def get_lr(step):
