@@ -591,8 +591,8 @@ for step in range(start_step, max_steps + 1):
         progress.update(loss_sum=0.0, loss_count=0, sums=[0.0] * len(METRICS))
 
 # ---- finish --------------------------------------------------------------------------------------------------------
-log(f'done: best val loss {progress["best_val_loss"]:.4f}, exact {max(0, progress["best_exact"]):.4f} at step {progress["best_step"]}, '
-    f'checkpoints in {run_dir}, trained for {progress["seconds"] / 60:.1f} min', prefix='# ')
+best = f'best val loss {progress["best_val_loss"]:.4f}, exact {max(0, progress["best_exact"]):.4f} at step {progress["best_step"]}, ' if test_data else ''
+log(f'done: {best}checkpoints in {run_dir}, trained for {progress["seconds"] / 60:.1f} min', prefix='# ')
 poll()
 wandb_run.finish()
 leave(0)

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -41,6 +42,7 @@ from prepare.tiny_qwen import tokenizer_json
 
 SECONDS = 30         # for one input
 MEMORY = 4 << 30     # bytes that one input may ask for
+NOT_FINITE = r'(loss|norm) -?(nan|inf)|not finite'  # what alone may end with exit code 1: numbers of a model, which no format can rule out
 
 
 # ---- what is done to a file: each takes (what was there, a random.Random)
@@ -352,7 +354,7 @@ def ends_well(launcher, script, args, cwd, codes=(0, 2)):
         os.unlink(path)
     if run.code == 0:
         return f'exit 0, and {err[:300]}' * bool(err), 0
-    if run.code not in codes or len(err.strip().splitlines()) != 1 or 'Traceback' in err:
+    if run.code not in codes or len(err.strip().splitlines()) != 1 or 'Traceback' in err or run.code == 1 and not re.search(NOT_FINITE, err):
         return f'exit {run.code}: {err[-600:]}' + out[-300:] * (not err), run.code
     return '', run.code
 

@@ -192,6 +192,7 @@ def test_without_a_test_set(trains, tmp_path):
     shutil.rmtree(tmp_path / 'data/test')
     run = trains().ok()
     assert 'nothing is evaluated' in run.out and (tmp_path / 'run/step_4').exists() and not (tmp_path / 'run/step_best').exists()
+    assert 'done: checkpoints in run, ' in run.out and 'best val loss' not in run.out
     assert 'test' in trains('--eval_only', base=['--log_dir=run']).one_line(2)
 
 
