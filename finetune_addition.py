@@ -34,8 +34,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from configurator import configure, fail, fail_if, master, nearby, print0
 from model import PEAK_FLOPS, git_commit, load_optimizer_state, norms_by_part, optimizer_state, sum_alike, total_norm
-from model import NO_WANDB, agree, ahead, append, cannot_write, cpu_group, differ, everyone, find_device, first_readable, generator_states, on_cpu
-from model import open_log, rotate, same_data, seed_generators, set_generator_states, start_wandb, steps_on_disk, watch_signals, write_together, write_whole
+from model import NO_WANDB, agree, ahead, append, cannot_write, cpu_group, differ, everyone, find_device, first_readable, generator_states, on_all_ranks, on_cpu
+from model import open_log, rotate, run_checkpoints, same_data, seed_generators, set_generator_states, start_wandb, watch_signals, write_together, write_whole
 from trm import IGNORE, METRICS, SHAPE, AdamATan2, all_config, average_of, begin_with, check_progress, deal_carries, examples_of_epoch, gradients_by_name
 from trm import least_steps, load_trm, log_means, move_average, new_trm, of_all_ranks, open_both, puzzle_tensors, room_for, run_folder, sign_sgd, slots_of
 from trm import sums_found, sums_lines, thinking_aloud, trm_checkpoint
@@ -135,7 +135,7 @@ def checkpoint_path_of(step):
     return os.path.join(run_dir, f'step_{step}')
 
 def newest_first():
-    return [checkpoint_path_of(step) for step in reversed(steps_on_disk(checkpoint_path_of))]
+    return run_checkpoints(checkpoint_path_of)
 
 def checkpoint_of(path):  # one dict, whatever the files; ValueError if it is damaged
     return trm_checkpoint(path, 'data_paths')  # pretrain_trm.py's are weights here
@@ -162,7 +162,7 @@ elif read_only:
     fail(f'no readable checkpoint in {run_dir}: name one with --checkpoint_path{nearby(checkpoint_path_of(0))}')
 if resumed and checkpoint_path and not run_dir_typed:
     run_dir = os.path.dirname(os.path.normpath(checkpoint_path)) or '.'
-elif not (resumed or read_only or reading and not checkpoint_path) and steps_on_disk(checkpoint_path_of):
+elif not (resumed or read_only or reading and not checkpoint_path) and newest_first():
     fail(f'{run_dir} already holds a run ({os.path.basename(newest_first()[0])}): add --auto_resume to continue it, or choose another folder for a new one')
 if checkpoint and 'step' in checkpoint:
     config.restore(checkpoint['given'], checkpoint_file)
@@ -210,6 +210,7 @@ device_type = device.split(':')[0]
 if ddp:
     store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), next(rendezvous('env://'))[0])  # dead workers' keys stay behind
     dist.init_process_group('nccl' if device_type == 'cuda' else 'gloo', store=store, rank=rank, world_size=world_size)
+    cpu_group()  # connected from here on: no rank waits for one that has ended
 device_name = torch.cuda.get_device_name(device) if device_type == 'cuda' else device_type
 peak_flops = next((flops for name, flops in PEAK_FLOPS.items() if name in device_name), 0)  # 0 = unknown: no mfu
 
@@ -231,14 +232,12 @@ stop = watch_signals()  # SIGTERM and Ctrl-C leave their number in it, a full di
 run_dir = everyone(run_dir)[0]  # a name that the clock gave is rank 0's
 config.assign('log_dir', run_dir)
 train_data = test_data = None
-try:
-    if ask:
-        data = room_for(sums_asked, columns, checkpoint_file)
-    else:
-        train_data, test_data = open_both(data_path, config, read_only)
-        data = train_data or test_data
-except (ValueError, OverflowError, MemoryError) as error:
-    fail(f'{error}' if ask else f'{error}; to make data: `python prepare/addition.py --output_dir={data_path}`')
+if ask:
+    data = on_all_ranks(room_for, sums_asked, columns, checkpoint_file)
+else:
+    train_data, test_data = on_all_ranks(open_both, data_path, config, read_only, hint=f'; to make data: `python prepare/addition.py --output_dir={data_path}`')
+    data = train_data or test_data
+    fail_if(differ([part and part.facts for part in (train_data, test_data)]), f'the ranks see different sums: {data_path} must be the same on all nodes')
 accumulation, B = slots_of(global_batch_size, grad_accumulation_steps, world_size)  # micro-steps per step, slots of one of them on a rank
 max_steps = max(total_steps, checkpoint.get('step', 0)) if read_only else total_steps
 if train_data:
@@ -374,14 +373,15 @@ try:
         known = checkpoint['ranks'][rank] if rank < len(checkpoint['ranks']) else None
         reseeded = known is None or not set_generator_states(known['rng'], device_type)
 except (ValueError, RuntimeError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as error:  # what a file that does not fit provokes
-    fail(f'{checkpoint_file} does not fit: {"no entry " if isinstance(error, KeyError) else ""}{str(error)[:400]}')
+    problem = f'{checkpoint_file} does not fit: {"no entry " if isinstance(error, KeyError) else ""}{str(error)[:400]}'
+agree(problem)
 if reseeded:
     seed_generators(seed, rank, start_step)
 new_ranks = [r for r, new in enumerate(everyone(reseeded)) if new]
 if resumed and new_ranks:
     print0(f'ranks {new_ranks} are new, or on another kind of device: their generators are seeded from (seed, rank, step)')
 fail_if(start_step > max_steps, f'{checkpoint_file} is at step {start_step}, beyond max_steps {max_steps}')
-fail_if(differ(start_step), f'the ranks found different checkpoints in {run_dir}: it must lie where all nodes see it')
+fail_if(differ((start_step, checkpoint)), f'the ranks found different checkpoints, {checkpoint_file or run_dir}: it must lie where all nodes see it')
 if master and not read_only:
     try:
         log_descriptor = open_log(log_path, checkpoint_path_of, checkpoint_of, checkpoint if resumed else None, checkpoint_file, checkpoint_path != '')
@@ -593,8 +593,8 @@ for step in range(start_step, max_steps + 1):
         progress.update(loss_sum=0.0, loss_count=0, sums=[0.0] * len(METRICS))
 
 # ---- finish --------------------------------------------------------------------------------------------------------
-log(f'done: best val loss {progress["best_val_loss"]:.4f}, exact {max(0, progress["best_exact"]):.4f} at step {progress["best_step"]}, '
-    f'checkpoints in {run_dir}, trained for {progress["seconds"] / 60:.1f} min', prefix='# ')
+best = f'best val loss {progress["best_val_loss"]:.4f}, exact {max(0, progress["best_exact"]):.4f} at step {progress["best_step"]}, ' if test_data else ''
+log(f'done: {best}checkpoints in {run_dir}, trained for {progress["seconds"] / 60:.1f} min', prefix='# ')
 poll()
 wandb_run.finish()
 leave(0)

@@ -39,8 +39,8 @@ from model import GPT, GPT_SIZES, PEAK_FLOPS, GPTConfig, before_after, begin_gpt
 from model import fit_weights, forgetting_shards, git_commit, instruction_prompt, judged_answers, load_optimizer_state, make_optimizers, norms_by_part
 from model import open_rows, optimizer_state, overfitting, padded_length, padded_rows, path_of_gpt, printable, read_gpt, shard_rows, shared_out, sum_alike
 from model import tokenizer_of, total_norm
-from model import NO_WANDB, agree, ahead, append, cannot_write, cpu_group, differ, everyone, find_device, first_readable, generator_states, on_cpu
-from model import open_log, rotate, same_data, seed_generators, set_generator_states, start_wandb, steps_on_disk, watch_signals, write_together, write_whole
+from model import NO_WANDB, agree, ahead, append, cannot_write, cpu_group, differ, everyone, find_device, first_readable, generator_states, on_all_ranks, on_cpu
+from model import open_log, rotate, run_checkpoints, same_data, seed_generators, set_generator_states, start_wandb, watch_signals, write_together, write_whole
 
 # ---- settings ------------------------------------------------------------------------------------------------------
 # i/o
@@ -127,7 +127,7 @@ def checkpoint_path_of(step):
     return os.path.join(run_dir, 'model_best.pt' if step == 'best' else f'model_{step:05d}.pt')
 
 def newest_first():
-    return [checkpoint_path_of(step) for step in reversed(steps_on_disk(checkpoint_path_of))]
+    return run_checkpoints(checkpoint_path_of)
 
 def checkpoint_of(path):  # one dict, whatever the files; ValueError if it is damaged. One of pretraining is weights here
     found = read_gpt(path, whole=True)
@@ -157,7 +157,7 @@ elif read_only:
     fail(f'no readable checkpoint in {run_dir}: name one with --checkpoint_path{nearby(checkpoint_path_of(0))}')
 if resumed and checkpoint_path and not run_dir_typed:
     run_dir = os.path.dirname(os.path.normpath(checkpoint_path)) or '.'
-elif not (resumed or read_only or reading and not checkpoint_path) and steps_on_disk(checkpoint_path_of):
+elif not (resumed or read_only or reading and not checkpoint_path) and newest_first():
     fail(f'{run_dir} already holds a run ({os.path.basename(newest_first()[0])}): add --auto_resume to continue it, or choose another folder for a new one')
 if checkpoint and 'step' in checkpoint:
     config.restore(checkpoint['given'], checkpoint_file)
@@ -191,6 +191,7 @@ device_type = device.split(':')[0]
 if ddp:
     store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), next(rendezvous('env://'))[0])  # dead workers' keys stay behind
     dist.init_process_group('nccl' if device_type == 'cuda' else 'gloo', store=store, rank=rank, world_size=world_size)
+    cpu_group()  # connected from here on: no rank waits for one that has ended
 device_name = torch.cuda.get_device_name(device) if device_type == 'cuda' else device_type
 peak_flops = next((flops for name, flops in PEAK_FLOPS.items() if name in device_name), 0)  # 0 = unknown: no mfu
 
@@ -212,10 +213,7 @@ stop = watch_signals()  # SIGTERM and Ctrl-C leave their number in it, a full di
 if generate or chat or export:
     tokenizer, forgetting = tokenizer_of(checkpoint, checkpoint_file), {}
 else:
-    try:
-        train_data, val_data, tokenizer, categories = open_rows(data_dir, block_size)
-    except ValueError as error:
-        fail(f'{error}; to make data: `python prepare/dolly.py`')
+    train_data, val_data, tokenizer, categories = on_all_ranks(open_rows, data_dir, block_size, hint='; to make data: `python prepare/dolly.py`')
     theirs = tokenizer_of(checkpoint, checkpoint_file) if checkpoint and 'tokenizer' in checkpoint else tokenizer
     fail_if(theirs != tokenizer, f'{checkpoint_file} was trained on {theirs["tokenizer"]} tokens, {data_dir} holds {tokenizer["tokenizer"]}: '
             f'python prepare/dolly.py --tokenizer={theirs["tokenizer"]} --output_dir=...')
@@ -225,8 +223,9 @@ else:
         config.assign('max_steps', -1)  # a stored one
     max_steps = math.ceil(num_epochs * batches_per_epoch / grad_accumulation_steps) if max_steps < 0 else max_steps  # the setting stays -1
     forgetting = forgetting_shards(config, checkpoint, tokenizer)  # the validation shards of the pretraining data
-    found = (checkpoint_file, n_layer, n_head, n_embd, block_size, activation, max_steps, train_data['files'], val_data['files'], sorted(forgetting))
-    fail_if(differ(found), f'the ranks differ: {found[0] or "the checkpoint"} and {data_dir} must be the same on all nodes')
+    found = (checkpoint_file, n_layer, n_head, n_embd, block_size, activation, max_steps, train_data['files'], val_data['files'])
+    found += tuple((name, len(tokens)) for name, tokens in forgetting.items())
+    fail_if(differ(found), f'the ranks differ: {found[0] or "the checkpoint"}, {data_dir}, {forgetting_root} must be the same on all nodes')
 accumulation = -(-grad_accumulation_steps // world_size)  # micro-steps per step
 first_step, first_batch = 0, 0  # the micro-batch where a step begins; only a resume with another batch moves them
 
@@ -362,14 +361,15 @@ try:
         known = checkpoint['ranks'][rank] if rank < len(checkpoint['ranks']) else None
         reseeded = known is None or not set_generator_states(known['rng'], device_type)
 except (ValueError, RuntimeError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as error:  # what a file that does not fit provokes
-    fail(f'{checkpoint_file} does not fit: {"no entry " if isinstance(error, KeyError) else ""}{str(error)[:400]}')
+    problem = f'{checkpoint_file} does not fit: {"no entry " if isinstance(error, KeyError) else ""}{str(error)[:400]}'
+agree(problem)
 if reseeded:
     seed_generators(seed, rank, start_step)
 new_ranks = [r for r, new in enumerate(everyone(reseeded)) if new]
 if resumed and new_ranks:
     print0(f'ranks {new_ranks} are new, or on another kind of device: their generators are seeded from (seed, rank, step)')
 fail_if(start_step > max_steps, f'{checkpoint_file} is at step {start_step}, beyond max_steps {max_steps}')
-fail_if(differ(start_step), f'the ranks found different checkpoints in {run_dir}: it must lie where all nodes see it')
+fail_if(differ((start_step, checkpoint)), f'the ranks found different checkpoints, {checkpoint_file or run_dir}: it must lie where all nodes see it')
 if master and not read_only:
     try:
         log_descriptor = open_log(log_path, checkpoint_path_of, checkpoint_of, checkpoint if resumed else None, checkpoint_file, checkpoint_path != '')
@@ -526,7 +526,7 @@ for step in range(start_step, max_steps + 1):
                     progress.update(before=found, answers_before=dict(enumerate(texts)))
             if val_loss < progress['best_val_loss']:
                 progress.update(best_val_loss=val_loss, best_step=step)
-                snapshot['progress'] = dict(progress)
+                snapshot['progress'].update(val_loss=val_loss, best_val_loss=val_loss, best_step=step)  # the rest a resume finds out again
                 save(checkpoint_path_of('best'))
         if encoding and generate_interval > 0 < step and step % generate_interval == 0 and not last:
             samples = answers([prompt_ids(text) for text in PROMPTS[:num_samples]], seed + step, temperature, top_k, top_p)

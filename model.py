@@ -660,12 +660,13 @@ def optimizer_state(model, optimizers):
     """The state of several torch.optim optimizers by the names of the parameters, full tensors, whichever optimizer has which."""
     names = {p: name for name, p in model.named_parameters()}
     return dict(state={names[p]: {key: whole(names[p], value) for key, value in state.items()} for o in optimizers for p, state in o.state.items()},
-                param_groups=[dict(group, params=[names[p] for p in group['params']]) for o in optimizers for group in o.param_groups])
+                param_groups=[dict(group, params=[names[p] for p in group['params']], kind=type(o).__name__) for o in optimizers for group in o.param_groups])
 
 
 def load_optimizer_state(model, optimizers, stored):
     """Load what optimizer_state returned; of its groups the lr alone, which a save before the next update shall repeat. ValueError
     if it was another kind of optimizer."""
+    kinds = {name: group.get('kind') for group in stored['param_groups'] for name in group['params']}
     names, shapes = {p: name for name, p in model.named_parameters()}, {name: p.shape for name, p in model.named_parameters()}
     if unknown := stored['state'].keys() - names.values():
         raise ValueError(f'its optimizer knows {sorted(map(str, unknown))[:3]}, this model does not')
@@ -673,13 +674,13 @@ def load_optimizer_state(model, optimizers, stored):
         order = [names[p] for group in o.param_groups for p in group['params']]  # a state_dict numbers them in this order
         if not stored['state'].keys() & set(order):
             continue  # it has made no update yet
-        state = {i: {key: part(model, name, value) for key, value in stored['state'][name].items()} for i, name in enumerate(order)}
+        state, kind = {i: {key: part(model, name, value) for key, value in stored['state'][name].items()} for i, name in enumerate(order)}, type(o).__name__
         adam = {'step', 'exp_avg', 'exp_avg_sq'}
-        expected = dict(Muon={'momentum_buffer'}, AdamW=adam, AdamATan2=adam).get(type(o).__name__)  # of another one whatever it stored
-        if expected and any(now.keys() != expected for now in state.values()):
-            raise ValueError(f'the state of its optimizer is not that of {type(o).__name__}')
+        expected = dict(Muon={'momentum_buffer'}, AdamW=adam, AdamATan2=adam).get(kind)  # of another one whatever it stored, in its own shapes
+        if any(kinds.get(name) not in (None, kind) for name in order) or expected and any(now.keys() != expected for now in state.values()):
+            raise ValueError(f'the state of its optimizer is not that of {kind}')
         for name, now in zip(order, state.values(), strict=True):  # load_state_dict does not look at shapes
-            if any(torch.is_tensor(value) and value.dim() and value.shape != shapes[name] for value in now.values()):
+            if expected and any(torch.is_tensor(value) and value.dim() and value.shape != shapes[name] for value in now.values()):
                 raise ValueError('the state of its optimizer has other shapes than the weights')
         o.load_state_dict(dict(o.state_dict(), state=state))
     for group, there in zip([group for o in optimizers for group in o.param_groups], stored['param_groups'], strict=False):
@@ -700,6 +701,7 @@ def sum_each(world_size, bucket):
     buffer, sums = bucket.buffer(), [dist.all_reduce(gradient, async_op=True) for gradient in bucket.gradients()]
 
     def mean(last):
+        last.value()  # raises what went wrong
         for one in sums[:-1]:  # gloo may end the last one before the others
             one.wait()
         return buffer.div_(world_size)
@@ -1185,6 +1187,13 @@ def steps_on_disk(path_of, suffix=''):
     return sorted(s for s in steps if os.path.basename(path_of(s)) + suffix in names)
 
 
+def run_checkpoints(path_of):
+    """Paths of the checkpoints in a run's folder, newest first; the best one last, whatever its step, for where no other reads."""
+    best = path_of('best')
+    there = os.path.exists(best) or os.path.exists(best + '.was')  # see write_whole
+    return [path_of(s) for s in reversed(steps_on_disk(path_of))] + [best] * there
+
+
 def first_readable(paths, read, path_of, strict=False, weights_too=False):
     """(checkpoint, its path, set of the paths before it that are damaged) of the first of the paths that reads whole; (None, '', ...) if none does. A
     damaged one is named in a warning and left as it is; strict: it ends the script. weights_too: files of weights alone count. None: nothing is looked for."""
@@ -1226,7 +1235,7 @@ def open_log(path, path_of, read, checkpoint, checkpoint_file, explicit):
     folder, start_step = os.path.dirname(path), checkpoint['step'] if checkpoint else 0
     os.makedirs(folder, exist_ok=True)
     in_place = checkpoint is not None and os.path.samefile(os.path.dirname(os.path.normpath(checkpoint_file)) or '.', folder)
-    if checkpoint and not in_place and steps_on_disk(path_of):
+    if checkpoint and not in_place and run_checkpoints(path_of):
         raise ValueError(f'{folder} already holds another run: choose an empty folder')
     if in_place and explicit:
         later = [path_of(s) for s in steps_on_disk(path_of) if s > start_step]
@@ -1328,8 +1337,21 @@ def everyone(value):
 
 
 def differ(value):
-    """Is it another one, in words, on some rank?"""
-    return len(set(map(str, everyone(value)))) > 1
+    """Is it another one on some rank? value: dicts, lists, tensors, and what else differs in words."""
+    return dist.is_initialized() and len(set(everyone(crc_of(value)))) > 1
+
+
+def crc_of(value, crc=0):
+    """CRC of nested dicts and lists, tensors by their bits."""
+    if isinstance(value, dict):
+        value = [element for pair in value.items() for element in pair]
+    if isinstance(value, (list, tuple)):
+        for element in value:
+            crc = crc_of(element, crc)
+        return zlib.crc32(b'%d' % len(value), crc)
+    if torch.is_tensor(value):
+        return zlib.crc32(value.detach().cpu().reshape(-1).view(torch.uint8).numpy(), crc)
+    return zlib.crc32(str(value).encode(errors='backslashreplace'), crc)
 
 
 def shared_out(batches, rank, world_size, poll, work):
@@ -1343,6 +1365,17 @@ def shared_out(batches, rank, world_size, poll, work):
     poll()
     found = {i: result for part in everyone(found) for i, result in part.items()}
     return [found[i] for i in range(len(found))]
+
+
+def on_all_ranks(work, *arguments, hint=''):
+    """work(*arguments) on every rank. If it is a ValueError on any, all end with its words and the hint: none may be left waiting for one that is gone."""
+    found, problem = None, ''
+    try:
+        found = work(*arguments)
+    except (ValueError, OverflowError, MemoryError) as error:
+        problem = f'{error or type(error).__name__}{hint}'
+    agree(problem)
+    return found
 
 
 def agree(problem, code=2):
@@ -2012,7 +2045,7 @@ def open_paths(folder, max_seq_length=0, own_answers=False):
     names file and place."""
     names = sorted(name for name in os.listdir(folder) if name.endswith('.pt')) if os.path.isdir(folder) else []
     if not names:
-        raise ValueError(f'No .pt files found in {folder}')
+        raise ValueError(f'✗ ERROR: No .pt files found in {folder}')
     paths = {name: [] for name in ('latents', 'target', 'correct', 'answered', 'answer', 'question')}
     questions, number_of, seen, hidden_size, left_out, files = [], {}, {}, 0, 0, {}
     for name in names:
@@ -2353,7 +2386,7 @@ def prm_files(run, model, optimizer, rest):
 
 def newest_prm_run():
     """The folder of the newest run that nobody named, '' if there is none."""
-    found = prm_checkpoints(os.path.join('checkpoints', 'qwen_prm_*', '*'), r'checkpoint-\d+|epoch_\d+|final')
+    found = prm_checkpoints(os.path.join('checkpoints', 'qwen_prm_*', '*'), r'checkpoint-\d+|epoch_\d+|final|best')
     return os.path.dirname(os.path.dirname(newest(os.path.join(path, 'training_state.json') for path in found)))
 
 

@@ -33,8 +33,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from configurator import configure, fail, fail_if, master, nearby, print0
 from model import PEAK_FLOPS, git_commit, load_optimizer_state, norms_by_part, optimizer_state, sum_alike, total_norm
-from model import NO_WANDB, agree, ahead, append, cannot_write, cpu_group, differ, everyone, find_device, first_readable, generator_states, on_cpu
-from model import open_log, rotate, same_data, seed_generators, set_generator_states, start_wandb, steps_on_disk, watch_signals, write_together, write_whole
+from model import NO_WANDB, agree, ahead, append, cannot_write, cpu_group, differ, everyone, find_device, first_readable, generator_states, on_all_ranks, on_cpu
+from model import open_log, rotate, run_checkpoints, same_data, seed_generators, set_generator_states, start_wandb, watch_signals, write_together, write_whole
 from trm import IGNORE, METRICS, SHAPE, AdamATan2, all_config, all_votes, arc_result, arc_vote, average_of, begin_with, check_progress, deal_carries, drawn
 from trm import examples_of_epoch, gradients_by_name, least_steps, load_trm, log_means, move_average, new_trm, of_all_ranks, open_puzzles, puzzle_tensors
 from trm import read_arc, report_lines, run_folder, sign_sgd, slots_of, trm_checkpoint
@@ -134,7 +134,7 @@ def checkpoint_path_of(step):
     return os.path.join(run_dir, f'step_{step}')
 
 def newest_first():
-    return [checkpoint_path_of(step) for step in reversed(steps_on_disk(checkpoint_path_of))]
+    return run_checkpoints(checkpoint_path_of)
 
 def checkpoint_of(path):  # one dict, whatever the files; ValueError if it is damaged
     return trm_checkpoint(path, 'data_path')  # finetune_addition.py's are weights here
@@ -158,7 +158,7 @@ elif read_only:
     fail(f'no readable checkpoint in {run_dir}: name one with --checkpoint_path{nearby(checkpoint_path_of(0))}')
 if resumed and checkpoint_path and not run_dir_typed:
     run_dir = os.path.dirname(os.path.normpath(checkpoint_path)) or '.'
-elif not (resumed or read_only or reading and not checkpoint_path) and steps_on_disk(checkpoint_path_of):
+elif not (resumed or read_only or reading and not checkpoint_path) and newest_first():
     fail(f'{run_dir} already holds a run ({os.path.basename(newest_first()[0])}): add --auto_resume to continue it, or choose another folder for a new one')
 if checkpoint and 'step' in checkpoint:
     config.restore(checkpoint['given'], checkpoint_file)
@@ -204,6 +204,7 @@ device_type = device.split(':')[0]
 if ddp:
     store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), next(rendezvous('env://'))[0])  # dead workers' keys stay behind
     dist.init_process_group('nccl' if device_type == 'cuda' else 'gloo', store=store, rank=rank, world_size=world_size)
+    cpu_group()  # connected from here on: no rank waits for one that has ended
 device_name = torch.cuda.get_device_name(device) if device_type == 'cuda' else device_type
 peak_flops = next((flops for name, flops in PEAK_FLOPS.items() if name in device_name), 0)  # 0 = unknown: no mfu
 
@@ -224,12 +225,11 @@ stop = watch_signals()  # SIGTERM and Ctrl-C leave their number in it, a full di
 # k offers the k-th slice of global_batch_size: the order depends on seed and step alone, not on the number of ranks.
 run_dir = everyone(run_dir)[0]  # a name that the clock gave is rank 0's
 config.assign('log_dir', run_dir)
-try:
-    train_data = None if read_only else open_puzzles(data_paths, 'train')
-    test_data = open_puzzles(data_paths, 'test') if read_only or os.path.isdir(os.path.join(data_paths[0], 'test')) else None
-except ValueError as error:
-    fail(f'{error}; to make data: `python prepare/arc.py`, `prepare/sudoku.py`, `prepare/maze.py`, or without a download '
-         '`python prepare/sudoku.py --generate --size=4 --train_size=10000 --output_dir=data/sudoku4`')
+splits = {'train': not read_only, 'test': read_only or os.path.isdir(os.path.join(data_paths[0], 'test'))}
+train_data, test_data = on_all_ranks(
+    lambda: [open_puzzles(data_paths, split) if there else None for split, there in splits.items()],
+    hint='; to make data: `python prepare/arc.py`, `prepare/sudoku.py`, `prepare/maze.py`, or without a download '
+    '`python prepare/sudoku.py --generate --size=4 --train_size=10000 --output_dir=data/sudoku4`')
 data = train_data or test_data
 if read_only:
     max_steps = max(max_steps, checkpoint.get('step', 0))
@@ -270,10 +270,8 @@ def on_device(tensors):
 
 arc = os.path.isfile(os.path.join(data_paths[0], 'test_puzzles.json')) if evaluators == ['auto'] else 'arc@ARC' in evaluators
 if arc:
-    try:
-        identifiers, tasks = read_arc(data_paths, test_data)
-    except ValueError as error:
-        fail(f'--evaluators=arc@ARC does not fit {data_paths}: {error} (--evaluators="[]" does without)')
+    identifiers, tasks = on_all_ranks(read_arc, data_paths, test_data, hint=f' ({data_paths}; --evaluators="[]" does without arc@ARC)')
+    fail_if(differ(str((identifiers, tasks))), f'the ranks see different tasks: {data_paths} must be the same on all nodes')
 
 # ---- model ---------------------------------------------------------------------------------------------------------
 raw_model = new_trm(data, config, vector_size, device)
@@ -375,14 +373,15 @@ try:
         known = checkpoint['ranks'][rank] if rank < len(checkpoint['ranks']) else None
         reseeded = known is None or not set_generator_states(known['rng'], device_type)
 except (ValueError, RuntimeError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as error:  # what a file that does not fit provokes
-    fail(f'{checkpoint_file} does not fit: {"no entry " if isinstance(error, KeyError) else ""}{str(error)[:400]}')
+    problem = f'{checkpoint_file} does not fit: {"no entry " if isinstance(error, KeyError) else ""}{str(error)[:400]}'
+agree(problem)
 if reseeded:
     seed_generators(seed, rank, start_step)
 new_ranks = [r for r, new in enumerate(everyone(reseeded)) if new]
 if resumed and new_ranks:
     print0(f'ranks {new_ranks} are new, or on another kind of device: their generators are seeded from (seed, rank, step)')
 fail_if(start_step > max_steps, f'{checkpoint_file} is at step {start_step}, beyond max_steps {max_steps}')
-fail_if(differ(start_step), f'the ranks found different checkpoints in {run_dir}: it must lie where all nodes see it')
+fail_if(differ((start_step, checkpoint)), f'the ranks found different checkpoints, {checkpoint_file or run_dir}: it must lie where all nodes see it')
 if master and not read_only:
     try:
         log_descriptor = open_log(log_path, checkpoint_path_of, checkpoint_of, checkpoint if resumed else None, checkpoint_file, checkpoint_path != '')

@@ -33,8 +33,8 @@ from configurator import configure, fail, fail_if, master, nearby, print0
 from model import GPT, GPT_SIZES, PEAK_FLOPS, GPTConfig, begin_gpt, encoding_for_all, export_files, fit_weights, git_commit, hellaswag_scores
 from model import load_optimizer_state, load_whole_weights, make_optimizers, norms_by_part, open_hellaswag, open_shards, optimizer_state, path_of_gpt, printable
 from model import read_gpt, shard_rows, shared_out, sum_alike, sum_gradients, tensor_parallel, tokenizer_of, total_norm, whole_weights
-from model import NO_WANDB, agree, ahead, append, cannot_write, cpu_group, differ, everyone, find_device, first_readable, generator_states, on_cpu
-from model import open_log, rotate, same_data, seed_generators, set_generator_states, start_wandb, steps_on_disk, watch_signals, write_together, write_whole
+from model import NO_WANDB, agree, ahead, append, cannot_write, cpu_group, differ, everyone, find_device, first_readable, generator_states, on_all_ranks, on_cpu
+from model import open_log, rotate, run_checkpoints, same_data, seed_generators, set_generator_states, start_wandb, watch_signals, write_together, write_whole
 
 # ---- settings ------------------------------------------------------------------------------------------------------
 # i/o
@@ -122,7 +122,7 @@ def checkpoint_path_of(step):
     return os.path.join(run_dir, 'model_best.pt' if step == 'best' else f'model_{step:05d}.pt')
 
 def newest_first():
-    return [checkpoint_path_of(step) for step in reversed(steps_on_disk(checkpoint_path_of))]
+    return run_checkpoints(checkpoint_path_of)
 
 def checkpoint_of(path):  # one dict, whatever the files; ValueError if it is damaged
     return read_gpt(path, whole=True)
@@ -147,7 +147,7 @@ elif read_only:
     fail(f'no readable checkpoint in {run_dir}: name one with --checkpoint_path{nearby(checkpoint_path_of(0))}')
 if resumed and checkpoint_path and not run_dir_typed:
     run_dir = os.path.dirname(os.path.normpath(checkpoint_path)) or '.'
-elif not (resumed or read_only or reading and not checkpoint_path) and steps_on_disk(checkpoint_path_of):
+elif not (resumed or read_only or reading and not checkpoint_path) and newest_first():
     fail(f'{run_dir} already holds a run ({os.path.basename(newest_first()[0])}): add --auto_resume to continue it, or choose another folder for a new one')
 if checkpoint and 'step' in checkpoint:
     config.restore(checkpoint['given'], checkpoint_file)
@@ -187,6 +187,7 @@ device_type = device.split(':')[0]
 if ddp:
     store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), next(rendezvous('env://'))[0])  # dead workers' keys stay behind
     dist.init_process_group('nccl' if device_type == 'cuda' else 'gloo', store=store, rank=rank, world_size=world_size)
+    cpu_group()  # connected from here on: no rank waits for one that has ended
 device_name = torch.cuda.get_device_name(device) if device_type == 'cuda' else device_type
 peak_flops = next((flops for name, flops in PEAK_FLOPS.items() if name in device_name), 0)  # 0 = unknown: no mfu
 
@@ -227,11 +228,8 @@ rows_per_step = total_batch_size // T
 if generate or export:
     train_shards, val_shards, tokenizer = {}, {}, tokenizer_of(checkpoint, checkpoint_file)
 else:
-    try:
-        train_shards, val_shards, tokenizer = open_shards(data_root, T)
-    except ValueError as error:
-        fail(f'{error}; to make data: `python prepare/fineweb.py`, or without a download `python prepare/pydocs.py`, then '
-             '--model=tiny --data_root=data/pydocs')
+    train_shards, val_shards, tokenizer = on_all_ranks(open_shards, data_root, T, hint='; to make data: `python prepare/fineweb.py`, or without a '
+                                                       'download `python prepare/pydocs.py`, then --model=tiny --data_root=data/pydocs')
 sizes = {name: len(tokens) for shards in (train_shards, val_shards) for name, tokens in shards.items()}
 fail_if(differ((checkpoint_file, sizes)), f'the ranks differ: {checkpoint_file or "the checkpoint"} and {data_root} must be the same on all nodes')
 train_rows, val_rows = (sum((len(tokens) - 1) // T for tokens in shards.values()) for shards in (train_shards, val_shards))
@@ -260,10 +258,8 @@ encoding = encoding_for_all(tokenizer['tokenizer'], needed=generate or export)
 hellaswag = []
 if hellaswag_interval > 0 and not (generate or export):
     fail_if(not encoding, 'HellaSwag needs the tokenizer, see above')
-    try:
-        hellaswag = open_hellaswag(hellaswag_root, encoding)
-    except ValueError as error:
-        fail(f'{error}; `python prepare/hellaswag.py` makes it, or --hellaswag_interval=-1')
+    hellaswag = on_all_ranks(open_hellaswag, hellaswag_root, encoding, hint='; `python prepare/hellaswag.py` makes it, or --hellaswag_interval=-1')
+    fail_if(differ(str(hellaswag)), f'the ranks see different items: {hellaswag_root} must be the same on all nodes')
 
 # ---- model ---------------------------------------------------------------------------------------------------------
 fail_if(0 < vocab_size < tokenizer['vocab_size'], f'vocab_size {vocab_size} is smaller than the vocabulary of the data, {tokenizer["vocab_size"]}')
@@ -370,14 +366,15 @@ try:
         known = checkpoint['ranks'][rank] if rank < len(checkpoint['ranks']) else None
         reseeded = known is None or not set_generator_states(known['rng'], device_type)
 except (ValueError, RuntimeError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as error:  # what a file that does not fit provokes
-    fail(f'{checkpoint_file} does not fit: {"no entry " if isinstance(error, KeyError) else ""}{str(error)[:400]}')
+    problem = f'{checkpoint_file} does not fit: {"no entry " if isinstance(error, KeyError) else ""}{str(error)[:400]}'
+agree(problem)
 if reseeded:
     seed_generators(seed, rank, start_step)
 new_ranks = [r for r, new in enumerate(everyone(reseeded)) if new]
 if resumed and new_ranks:
     print0(f'ranks {new_ranks} are new, or on another kind of device: their generators are seeded from (seed, rank, step)')
 fail_if(start_step > max_steps, f'{checkpoint_file} is at step {start_step}, beyond max_steps {max_steps}')
-fail_if(differ(start_step), f'the ranks found different checkpoints in {run_dir}: it must lie where all nodes see it')
+fail_if(differ((start_step, checkpoint)), f'the ranks found different checkpoints, {checkpoint_file or run_dir}: it must lie where all nodes see it')
 if master and not read_only:
     try:
         log_descriptor = open_log(log_path, checkpoint_path_of, checkpoint_of, checkpoint if resumed else None, checkpoint_file, checkpoint_path != '')

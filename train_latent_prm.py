@@ -40,9 +40,9 @@ from tqdm import tqdm
 from configurator import configure, fail, fail_if, master, nearby, print0
 from model import PEAK_FLOPS, QwenLatentPRM, bucketed, by_question, check_paths, choice_lines, compared, find_model, git_commit, load_optimizer_state
 from model import make_optimizers, newest_prm_run, open_split, optimizer_state, ordered_pairs, padded_paths, path_tensors, paths_of, prm_checkpoints, prm_files
-from model import prm_line, prm_report, prm_step, read_prm, set_aside_later, shared_out, sum_alike, table_lines, total_norm, training_stats
-from model import NO_WANDB, agree, ahead, append, cannot_write, cpu_group, differ, everyone, find_device, first_readable, generator_states, on_cpu
-from model import open_log, rotate, same_data, seed_generators, set_generator_states, start_wandb, steps_on_disk, watch_signals, write_together, write_whole
+from model import prm_line, prm_report, prm_step, read_prm, set_aside_later, shared_out, steps_on_disk, sum_alike, table_lines, total_norm, training_stats
+from model import NO_WANDB, agree, ahead, append, cannot_write, cpu_group, differ, everyone, find_device, first_readable, generator_states, on_all_ranks, on_cpu
+from model import open_log, rotate, run_checkpoints, same_data, seed_generators, set_generator_states, start_wandb, watch_signals, write_together, write_whole
 
 # ---- settings ------------------------------------------------------------------------------------------------------
 # i/o
@@ -127,17 +127,15 @@ def checkpoint_path_of(step):
     return os.path.join(run_dir, 'best' if step == 'best' else f'checkpoint-{step}')
 
 def newest_first():
-    """Those of epochs too: after the checkpoint-N of the same step, for they are never deleted."""
-    steps = {checkpoint_path_of(step): step for step in steps_on_disk(checkpoint_path_of)} | elsewhere
-    best = [checkpoint_path_of('best')] if ask and glob.glob(glob.escape(checkpoint_path_of('best')) + '*') else []
-    return best + sorted(steps, key=lambda path: (-steps[path], path in elsewhere, os.path.basename(path) != 'final', path))
+    """Those of epochs too: after the checkpoint-N of the same step, for they are never deleted. best/ is the last, for --ask the first."""
+    steps = {path: math.inf if ask else -1 for path in run_checkpoints(checkpoint_path_of)} | elsewhere
+    steps.update({checkpoint_path_of(step): step for step in steps_on_disk(checkpoint_path_of)})
+    return sorted(steps, key=lambda path: (-steps[path], path in elsewhere, os.path.basename(path) != 'final', path))
 
 def checkpoint_of(path):  # one dict, whatever the files; ValueError if it is damaged
     return read_prm(path)
 
 elsewhere = folders(r'epoch_\d+|final')
-if elsewhere and not (checkpoint_path or auto_resume or resume or read_only or folders(r'checkpoint-\d+')):
-    fail(f'{run_dir} already holds a run ({os.path.basename(min(elsewhere))}): add --auto_resume to continue it, or choose another folder for a new one')
 
 # ---- stored run (=) ------------------------------------------------------------------------------------------------
 # Which checkpoint this launch reads, if any. What was typed when that run began counts as typed again, unless anew.
@@ -153,7 +151,7 @@ elif read_only:
     fail(f'no readable checkpoint in {run_dir}: name one with --checkpoint_path{nearby(checkpoint_path_of(0))}')
 if resumed and checkpoint_path and not run_dir_typed:
     run_dir = os.path.dirname(os.path.normpath(checkpoint_path)) or '.'
-elif not (resumed or read_only or reading and not checkpoint_path) and steps_on_disk(checkpoint_path_of):
+elif not (resumed or read_only or reading and not checkpoint_path) and newest_first():
     fail(f'{run_dir} already holds a run ({os.path.basename(newest_first()[0])}): add --auto_resume to continue it, or choose another folder for a new one')
 if checkpoint and 'step' in checkpoint:
     config.restore(checkpoint['given'], checkpoint_file)
@@ -192,6 +190,7 @@ device_type = device.split(':')[0]
 if ddp:
     store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), next(rendezvous('env://'))[0])  # dead workers' keys stay behind
     dist.init_process_group('nccl' if device_type == 'cuda' else 'gloo', store=store, rank=rank, world_size=world_size)
+    cpu_group()  # connected from here on: no rank waits for one that has ended
 device_name = torch.cuda.get_device_name(device) if device_type == 'cuda' else device_type
 peak_flops = next((flops for name, flops in PEAK_FLOPS.items() if name in device_name), 0)  # 0 = unknown: no mfu
 
@@ -216,12 +215,9 @@ config.assign('output_dir', run_dir)
 if ask:  # needs no data
     train_rows = val_rows = []
 else:
-    try:
-        paths, questions, facts, train_rows, val_rows = open_split(data_dir, config)
-    except ValueError as error:
-        how = ' --task=arithmetic --max_samples=4000 --max_new_tokens=16 --num_paths=8' * (preset == 'tiny')
-        how = f'; to collect paths: `python prepare/latent_prm.py --model_path={model_path} --output_dir={data_dir}{how}`' * ('No .pt' in str(error))
-        fail(f'✗ ERROR: {error}{how}')
+    how = ' --task=arithmetic --max_samples=4000 --max_new_tokens=16 --num_paths=8' * (preset == 'tiny')
+    how = f'; to collect paths: `python prepare/latent_prm.py --model_path={model_path} --output_dir={data_dir}{how}`'
+    paths, questions, facts, train_rows, val_rows = on_all_ranks(open_split, data_dir, config, hint=how)
     fail_if(differ((checkpoint_file, facts)), f'the ranks differ: {checkpoint_file or "the checkpoint"} and {data_dir} must be the same on all nodes')
     question_lengths = np.array([len(question['ids']) if question_context else 0 for question in questions])
     full_lengths = np.array([len(latents) for latents in paths['latents']]) + question_lengths[paths['question']]
@@ -370,14 +366,15 @@ try:
         known = checkpoint['ranks'][rank] if rank < len(checkpoint['ranks']) else None
         reseeded = known is None or not set_generator_states(known['rng'], device_type)
 except (ValueError, RuntimeError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as error:  # what a file that does not fit provokes
-    fail(f'{checkpoint_file} does not fit: {"no entry " if isinstance(error, KeyError) else ""}{str(error)[:400]}')
+    problem = f'{checkpoint_file} does not fit: {"no entry " if isinstance(error, KeyError) else ""}{str(error)[:400]}'
+agree(problem)
 if reseeded:
     seed_generators(seed, rank, start_step)
 new_ranks = [r for r, new in enumerate(everyone(reseeded)) if new]
 if resumed and new_ranks:
     print0(f'ranks {new_ranks} are new, or on another kind of device: their generators are seeded from (seed, rank, step)')
 fail_if(start_step > max_steps, f'{checkpoint_file} is at step {start_step}, beyond max_steps {max_steps}')
-fail_if(differ(start_step), f'the ranks found different checkpoints in {run_dir}: it must lie where all nodes see it')
+fail_if(differ((start_step, checkpoint)), f'the ranks found different checkpoints, {checkpoint_file or run_dir}: it must lie where all nodes see it')
 if master and not read_only:
     try:
         log_descriptor = open_log(log_path, checkpoint_path_of, checkpoint_of, checkpoint if resumed else None, checkpoint_file, checkpoint_path != '')
@@ -511,7 +508,8 @@ for step in range(start_step, max_steps + 1):
                 score = val_loss if metric == 'val_loss' else -report[metric]
         if score < progress['best_score']:  # never if it is NaN
             progress.update(best_score=score, best_step=step)
-            snapshot['progress'] = dict(progress)
+            of_best = ('best_score', 'best_step', 'val_loss', 'best_val_loss', 'report', 'table')
+            snapshot['progress'].update({name: progress[name] for name in of_best})  # the rest, sums and lists, a resume finds out again
             save(checkpoint_path_of('best'))
     snapshot = take_snapshot(snapshot)
     wanted = [checkpoint_path_of(step)] if save_every > 0 and step % save_every == 0 or step in permanent or last else []
@@ -592,8 +590,8 @@ path = os.path.join(run_dir, 'training_stats.json')
 write_together(path, {'': training_stats(progress, total_steps=max_steps, num_epochs=epochs, enable_validation=len(val_rows) > 0, best_metric=best_metric,
                                          model_path=model_path, data_dir=data_dir, num_samples=len(train_rows))})
 print0(f'wrote {path}')
-log(f'done: best val loss {progress["best_val_loss"]:.4f}, best/ is that of step {progress["best_step"]}, checkpoints in {run_dir}, '
-    f'trained for {progress["seconds"] / 60:.1f} min', prefix='# ')
+best = f'best val loss {progress["best_val_loss"]:.4f}, ' if len(val_rows) else ''
+log(f'done: {best}best/ is that of step {progress["best_step"]}, checkpoints in {run_dir}, trained for {progress["seconds"] / 60:.1f} min', prefix='# ')
 poll()
 wandb_run.finish()
 leave(0)

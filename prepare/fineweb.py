@@ -276,7 +276,8 @@ def write_json(path, facts):
 def adds_up(facts, parts):
     """Are the counts in a manifest.json or progress.json whole numbers, and its tokens those of its `parts`, shards or pieces?"""
     files, place = facts[parts], facts.get('next', [0, 0, 0])
-    if not isinstance(files, list) or not all(isinstance(file, dict) and isinstance(file.get('name', ''), str) for file in files):
+    unnamed = '' if parts == 'pieces' else None
+    if not isinstance(files, list) or not all(isinstance(file, dict) and isinstance(file.get('name', unnamed), str) for file in files):
         return False
     if not isinstance(place, list) or len(place) != 3:
         return False

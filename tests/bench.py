@@ -510,7 +510,10 @@ def compare_learning():
 
     from model import open_shards, shard_rows
     T, B, warmup, peak = 128, 16, 100, 4e-3
-    train, _, _ = open_shards(data_root, T)
+    try:
+        train, _, _ = open_shards(data_root, T)
+    except ValueError as error:
+        fail(f'{error}: python prepare/pydocs.py writes data/pydocs')
     n = sum((len(tokens) - 1) // T for tokens in train.values())
 
     def batches(seed):  # what train_gpt2.py draws with this seed

@@ -746,6 +746,19 @@ def test_a_fresh_start_in_a_used_folder_is_refused(bench):
     assert tree(folder) == before
 
 
+@pytest.mark.parametrize('after, best', [(1, 0), (3, 2)])
+def test_the_best_checkpoint_alone_is_a_run(bench, after, best):
+    """Killed after an evaluation and before the first numbered checkpoint: what is there is not begun anew over it, and goes on to the bit."""
+    settings = dict(checkpoint_interval=1000)
+    assert go(bench, prelude=kill_after(bench, after), **settings).code == -9
+    assert list(whole(bench)) == ['best']
+    before = tree(bench.cwd / 'run')
+    assert f'already holds a run ({bench.case.name("best")})' in go(bench, **settings).one_line(2)
+    assert tree(bench.cwd / 'run') == before
+    assert f'resumed from run/{bench.case.name("best")} at step {best}' in go(bench, '--auto_resume', **settings).ok().out
+    same(bench, straight(bench, **settings))
+
+
 @pytest.mark.slots
 @pytest.mark.parametrize('verb', ['--auto_resume', '--resume'])
 def test_resume_where_nothing_is_begins_and_else_continues(bench, verb):
@@ -907,12 +920,34 @@ def test_a_changed_shape_is_refused_by_name(bench):
     assert tree(folder) == before
 
 
-def test_ranks_that_see_other_data_end(bench):
-    """Rank 1 looks into another folder, as on a node that lacks a shard."""
+OTHER_FOLDER = "import os; os.environ['RANK'] == '1' and os.chdir('other')"
+
+
+@pytest.mark.parametrize('missing', [False, True])
+def test_ranks_that_see_other_data_end(bench, missing):
+    """Rank 1 looks into another folder, as on a node that lacks a shard, or all of them. (Nobody kills the waiting rank here, as none does on another node.)"""
     shutil.copytree(bench.cwd / 'data', bench.cwd / 'other/data')
-    bench.case.change(bench.cwd / 'other/data')
-    run = go(bench, ranks=2, prelude="import os; os.environ['RANK'] == '1' and os.chdir('other')")
-    assert 'must be the same on all nodes' in run.one_line(2) and not (bench.cwd / 'run').exists()
+    if missing:
+        shutil.rmtree(bench.cwd / 'other/data')
+    else:
+        bench.case.change(bench.cwd / 'other/data')
+    told = go(bench, ranks=2, prelude=OTHER_FOLDER).one_line(2)
+    assert ('data' in told if missing else 'must be the same on all nodes' in told) and not (bench.cwd / 'run').exists()
+
+
+def test_ranks_that_see_another_checkpoint_end(bench):
+    """Of the same name and step, with the same shapes: without a word each rank would train on weights, averages or moments of its own."""
+    stopped(bench, 4)
+    shutil.copytree(bench.cwd / 'data', bench.cwd / 'other/data')
+    shutil.copytree(bench.cwd / 'run', bench.cwd / 'other/run')
+    content = load(checkpoint(bench, 4, 'other/run'))
+    name = next(name for name, tensor in content['model'].items() if tensor.is_floating_point() and tensor.numel() > 4)
+    content['model'][name].view(-1)[3] += 1e-6
+    drop(checkpoint(bench, 4, 'other/run'))
+    store(content, checkpoint(bench, 4, 'other/run'))
+    before = tree(bench.cwd / 'run')
+    assert 'the ranks found different checkpoints' in go(bench, '--auto_resume', ranks=2, prelude=OTHER_FOLDER).one_line(2)
+    assert tree(bench.cwd / 'run') == before
 
 
 def test_changed_data_are_refused_with_a_sentence(bench):
