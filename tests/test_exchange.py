@@ -309,6 +309,14 @@ def test_hellaswag_equals_one_example_at_a_time(go, tmp_path, ranks):
     assert losses(plain) == losses(run)  # the evaluation changed nothing of the training
 
 
+def test_ranks_with_other_items_end(go, tmp_path):
+    for folder, n in (('a', 9), ('b', 3)):
+        write_items(tmp_path / folder / 'hs', some_items(n))
+    run = go('--hellaswag_interval=2', '--hellaswag_root=hs', f'--data_root={tmp_path}/data', ranks=2,
+             prelude="import os; os.chdir('b' if os.environ['RANK'] == '1' else 'a')")
+    assert 'the ranks see different items: hs must be the same on all nodes' in run.one_line()
+
+
 def test_losses_of_endings_in_any_batch():
     """Padded, cut off in front, an ending longer than the block, and in slices of the logits."""
     model, rng = random_gpt(), np.random.default_rng(1)
