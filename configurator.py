@@ -262,7 +262,7 @@ def _checked(value, default, comment, where):
     accepted = re.split(r'[;,.:(]', comment)[0].strip().split(' | ')
     if len(accepted) > 1 and isinstance(default, str) and default in accepted and value not in accepted:
         same = [word for word in accepted if word.lower() == value.lower()]
-        return same[0] if same else fail(f'{where}: must be one of {", ".join(accepted)}')
+        return same[0] if same else fail(f'{where}: must be one of {", ".join(accepted)} (the comment of its line lists them)')
     return value
 
 

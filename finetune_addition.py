@@ -74,8 +74,8 @@ halt_threshold = 0.5             # how sure a model must be of its answer to hal
 lr = 5e-5                        # peak learning rate
 min_lr_ratio = 1.0               # final learning rate / lr, 0 = nothing; 1 = constant; 0.1 is better for short runs
 lr_warmup_steps = 100            # steps of linear warmup; 0 = none
-total_steps = 100000             # optimizer steps in all; 0 = only the evaluation of the start
 epochs = 0                       # times that every problem is offered; 0 = total_steps says how long
+total_steps = 100000             # optimizer steps in all; 0 = only the evaluation of the start
 decay_lr = True                  # False = constant after the warmup
 lr_scheduler = 'cosine'          # cosine | cosine_with_restarts | constant
 lr_restarts = 3                  # restarts of cosine_with_restarts, 3 = four equal cycles; 0 = none
@@ -192,7 +192,7 @@ def rank_state():  # what each rank alone knows beside its generators
     return dict(carry=carries)
 
 own_progress = dict(sums=[0.0] * len(METRICS), best_exact=-1.0)  # of the slots since the last log line; of step_best
-fail_if(max(beta1, beta2, ema_rate, halt_threshold) >= 1, 'beta1, beta2, ema_rate and halt_threshold must be less than 1')
+fail_if(max(beta1, beta2, ema_rate, halt_threshold) >= 1, f'beta1 {beta1}, beta2 {beta2}, ema_rate {ema_rate}, halt_threshold {halt_threshold} must be below 1')
 fail_if(min(lr, halt_threshold) <= 0, 'lr and halt_threshold must be more than 0')
 sure = math.log(halt_threshold / (1 - halt_threshold))  # of q_halt, a logit
 fail_if(any(type(s) is not int for s in permanent), f'permanent_checkpoints {permanent} must be whole numbers')

@@ -94,7 +94,7 @@ temperature = 0.8                # of answers; 0 = always the likeliest token
 top_k = 200                      # sample among the k likeliest; 0 = all
 top_p = 1.0                      # sample among the likeliest that hold this probability; 1 = all
 # checkpoint
-checkpoint_interval = 200        # steps between checkpoints; -1 = only at the end
+checkpoint_interval = 200        # steps between checkpoints; -1 = none, but always at the end
 keep_last_n_checkpoints = 3      # newest checkpoints to keep; 0 = all
 permanent_checkpoints = []       # steps that are saved and kept whatever the two above say
 auto_resume = False              # continue from the newest readable checkpoint in log_dir, if there is one
@@ -111,7 +111,7 @@ device = ''                      # cpu, cuda, cuda:1, mps; '' = cuda, then mps, 
 dtype = 'float32'                # float32 | bfloat16 | float16; the last two by autocast, weights stay float32
 compile = False                  # torch.compile; DISABLE_COMPILE=1 in the environment switches it off
 deterministic = False            # deterministic kernels on the GPU (the CPU's are)
-seed = 1337                      # of data order, dropout and samples; 0 = a seed like any other
+seed = 1337                      # of data order, dropout, samples and new weights; 0 = a seed like any other
 
 # ---- command line --------------------------------------------------------------------------------------------------
 config = configure(globals(), aliases={'lr': 'max_lr', 'learning_rate': 'max_lr', 'max_grad_norm': 'grad_clip', 'save_steps': 'checkpoint_interval',
@@ -179,7 +179,7 @@ data_parallel = True  # False: the script sums the gradients itself, without Dis
 rank_state = dict  # returns what each rank alone knows beside its generators: nothing here
 # The table's first column; the train loss since the last evaluation, and between the two before it (-1: none yet).
 own_progress = dict(before={}, answers_before={}, since_sum=0.0, since_count=0, train_loss_before=-1.0)
-fail_if(max(dropout, beta1, beta2) >= 1, 'dropout, beta1 and beta2 must be less than 1')
+fail_if(max(dropout, beta1, beta2) >= 1, f'dropout {dropout}, beta1 {beta1}, beta2 {beta2} must be below 1')
 fail_if(any(type(s) is not int for s in permanent), f'permanent_checkpoints {permanent} must be whole numbers')
 fail_if(n_embd % n_head, f'n_embd {n_embd} is not a multiple of n_head {n_head}')
 
@@ -561,13 +561,13 @@ for step in range(start_step, max_steps + 1):
     for o in optimizers:
         scaler.unscale_(o)
     reporting = (step + 1) % log_interval == 0 or step == 0 or step + 1 == max_steps
-    gradients = norms_by_part({name: p.grad for name, p in raw_model.named_parameters()}) if log_gradients and reporting else ''  # before clipping
+    norms = norms_by_part({name: p.grad for name, p in raw_model.named_parameters()}) if log_gradients and reporting else ''  # before clipping
     norm = total_norm([p.grad for p in parameters])
     torch.nn.utils.clip_grads_with_norm_(parameters, clip if clip > 0 else math.inf, norm)
-    report = torch.stack((loss_sum, norm / world_size))  # one tensor, one host read; NaN or infinity on any rank survives the sum
+    found = torch.stack((loss_sum, norm / world_size))  # one tensor, one host read; NaN or infinity on any rank survives the sum
     if ddp:
-        dist.all_reduce(report)
-    step_loss, step_norm = report.tolist()
+        dist.all_reduce(found)
+    step_loss, step_norm = found.tolist()
     overflow = scaler.is_enabled() and not math.isfinite(step_norm) and scaler.get_scale() > 1  # the scaler skips it and scales less
     fail_if(not math.isfinite(step_loss) or not math.isfinite(step_norm) and not overflow, f'step {step + 1}: loss {step_loss}, gradient norm {step_norm}; '
             'stopped before the update, no checkpoint holds it (try a lower max_lr or more warmup_steps)', 1)
@@ -587,8 +587,8 @@ for step in range(start_step, max_steps + 1):
         mfu = f'{100 * flops / seconds / peak_flops:.1f}%' if peak_flops else '-'
         minutes = int(dt * (max_steps - step - 1) / 60)
         log(f'step {step + 1}/{max_steps} ({100 * (step + 1) / max_steps:.2f}%) | loss {mean_loss:.6f} | lr {lr:.2e} | norm {step_norm:.2f} | '
-            f'dt {1000 * dt:.0f}ms | tok/s {timed_tokens * world_size / seconds:,.0f} | mfu {mfu} | eta {minutes // 60}h{minutes % 60:02d}m{gradients}')
-        wandb_run.log({'train/loss': mean_loss, 'lr': lr, 'norm': step_norm}, step=step + 1)
+            f'dt {1000 * dt:.0f}ms | tok/s {timed_tokens * world_size / seconds:,.0f} | mfu {mfu} | eta {minutes // 60}h{minutes % 60:02d}m{norms}')
+        wandb_run.log({'train/loss': mean_loss, 'lr': lr, 'norm': step_norm, 'tok/s': timed_tokens * world_size / seconds}, step=step + 1)
         seconds, timed_steps, timed_tokens, flops = 0.0, 0, 0, 0
         progress.update(loss_sum=0.0, loss_count=0)
 

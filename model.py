@@ -544,7 +544,7 @@ def begin_gpt(setting, config, checkpoint, file, strict):
         except (ValueError, OSError) as error:
             if strict:
                 fail(f'--{setting}={error}{nearby(source)}' if isinstance(error, OSError) else f'--{setting}={source}: {error}')
-            print0(f'WARNING: the pretrained checkpoint cannot be used: {source}: {error}{nearby(source)}')
+            print0(f'WARNING: the pretrained checkpoint cannot be used: {error if isinstance(error, OSError) else f"{source}: {error}"}{nearby(source)}')
     if checkpoint and 'step' not in checkpoint:
         try:
             adopt_shape(config, checkpoint['config'], config[setting], file)

@@ -186,7 +186,7 @@ def rank_state():  # what each rank alone knows beside its generators
     return dict(carry=carries)
 
 own_progress = dict(sums=[0.0] * len(METRICS), best_exact=-1.0)  # of the slots since the last log line; of step_best
-fail_if(max(beta1, beta2, ema_rate, halt_threshold) >= 1, 'beta1, beta2, ema_rate and halt_threshold must be less than 1')
+fail_if(max(beta1, beta2, ema_rate, halt_threshold) >= 1, f'beta1 {beta1}, beta2 {beta2}, ema_rate {ema_rate}, halt_threshold {halt_threshold} must be below 1')
 fail_if(min(lr, halt_threshold) <= 0, 'lr and halt_threshold must be more than 0')
 sure = math.log(halt_threshold / (1 - halt_threshold))  # of q_halt, a logit
 fail_if(any(type(s) is not int for s in permanent), f'permanent_checkpoints {permanent} must be whole numbers')

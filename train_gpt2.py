@@ -88,7 +88,7 @@ temperature = 0.8                # of the samples; 0 = always the likeliest toke
 top_k = 200                      # sample among the k likeliest; 0 = all
 top_p = 1.0                      # sample among the likeliest that hold this probability; 1 = all
 # checkpoint
-checkpoint_interval = 1000       # steps between checkpoints; -1 = only at the end
+checkpoint_interval = 1000       # steps between checkpoints; -1 = none, but always at the end
 keep_last_n_checkpoints = 5      # newest checkpoints to keep; 0 = all
 permanent_checkpoints = []       # steps that are saved and kept whatever the two above say
 auto_resume = False              # continue from the newest readable checkpoint in log_dir, if there is one
@@ -173,7 +173,7 @@ schedule, cycles = lr_scheduler if decay_lr else 'constant', lr_restarts + 1
 shape = ('block_size', 'n_layer', 'n_head', 'n_embd', 'activation')  # settings that a resumed model cannot change
 data_parallel = not model_parallel  # False: the script sums the gradients itself, without DistributedDataParallel
 rank_state, own_progress = dict, {}  # what each rank alone knows beside its generators, and what this script alone remembers: nothing
-fail_if(max(dropout, beta1, beta2) >= 1, 'dropout, beta1 and beta2 must be less than 1')
+fail_if(max(dropout, beta1, beta2) >= 1, f'dropout {dropout}, beta1 {beta1}, beta2 {beta2} must be below 1')
 fail_if(any(type(s) is not int for s in permanent), f'permanent_checkpoints {permanent} must be whole numbers')
 fail_if(n_embd % n_head, f'n_embd {n_embd} is not a multiple of n_head {n_head}')
 for name, refused in dict(compile=compile, optimizer=optimizer != 'adamw', dropout=dropout > 0, dtype=dtype == 'float16').items():
@@ -532,13 +532,13 @@ for step in range(start_step, max_steps + 1):
     for o in optimizers:
         scaler.unscale_(o)
     reporting = (step + 1) % log_interval == 0 or step == 0 or step + 1 == max_steps
-    gradients = norms_by_part({name: p.grad for name, p in raw_model.named_parameters()}) if log_gradients and reporting else ''  # before clipping
+    norms = norms_by_part({name: p.grad for name, p in raw_model.named_parameters()}) if log_gradients and reporting else ''  # before clipping
     norm = total_norm([p.grad for p in parameters])
     torch.nn.utils.clip_grads_with_norm_(parameters, clip if clip > 0 else math.inf, norm, foreach=False if model_parallel else None)
-    report = torch.stack((loss_sum / model_ranks, norm / world_size))  # one tensor, one host read; NaN or infinity on any rank survives the sum
+    found = torch.stack((loss_sum / model_ranks, norm / world_size))  # one tensor, one host read; NaN or infinity on any rank survives the sum
     if ddp:
-        dist.all_reduce(report)
-    step_loss, step_norm = report.tolist()
+        dist.all_reduce(found)
+    step_loss, step_norm = found.tolist()
     overflow = scaler.is_enabled() and not math.isfinite(step_norm) and scaler.get_scale() > 1  # the scaler skips it and scales less
     fail_if(not math.isfinite(step_loss) or not math.isfinite(step_norm) and not overflow, f'step {step + 1}: loss {step_loss}, gradient norm {step_norm}; '
             'stopped before the update, no checkpoint holds it (try a lower max_lr or more warmup_steps)', 1)
@@ -557,7 +557,7 @@ for step in range(start_step, max_steps + 1):
         mfu = f'{100 * flops_per_step / dt / world_size / peak_flops:.1f}%' if peak_flops else '-'
         minutes = int(dt * (max_steps - step - 1) / 60)
         log(f'step {step + 1}/{max_steps} ({100 * (step + 1) / max_steps:.2f}%) | loss {mean_loss:.6f} | lr {lr:.2e} | norm {step_norm:.2f} | '
-            f'dt {1000 * dt:.0f}ms | tok/s {total_batch_size / dt:,.0f} | mfu {mfu} | eta {minutes // 60}h{minutes % 60:02d}m{gradients}')
+            f'dt {1000 * dt:.0f}ms | tok/s {total_batch_size / dt:,.0f} | mfu {mfu} | eta {minutes // 60}h{minutes % 60:02d}m{norms}')
         wandb_run.log({'train/loss': mean_loss, 'lr': lr, 'norm': step_norm, 'tok/s': total_batch_size / dt}, step=step + 1)
         seconds, timed_steps = 0.0, 0
         progress.update(loss_sum=0.0, loss_count=0)

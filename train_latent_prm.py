@@ -84,7 +84,7 @@ eval_only = False                # print the table of a checkpoint on the held-o
 ask = ''                         # answer this question: think num_paths times, score the paths, choose, exit
 num_paths = 20                   # paths of --ask
 # checkpoint
-save_steps = 100                 # steps between checkpoints; -1 = only at the end (and epoch_N, best and final)
+save_steps = 100                 # steps between checkpoints; -1 = none, but always at the end (and epoch_N, best and final)
 save_total_limit = 0             # newest checkpoint-N to keep; 0 = all
 permanent_checkpoints = []       # steps that are saved and kept whatever the two above say
 auto_resume = False              # continue from the newest readable checkpoint in the run's folder, if there is one
@@ -174,9 +174,11 @@ rank_state = dict  # returns what each rank alone knows beside its generators: n
 # best_score: of best/, the smaller the better. Then what training_stats.json lists, the losses since the epoch began, the last validation.
 own_progress = dict(best_score=math.inf, best_loss=math.inf, step_numbers=[], step_losses=[], epoch_losses=[], val_step_numbers=[], val_losses=[],
                     epoch_sum=0.0, epoch_count=0, report={}, table={})
+device = device if 'device' in config.given or torch.cuda.is_available() else ''  # nobody asked for cuda: no warning
 mixed = mixed_precision and (device or 'cuda').startswith('cuda') and torch.cuda.is_available()
 dtype = 'float32' if not mixed else 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
-fail_if(max(dropout_prob, beta1, beta2) >= 1 or learning_rate <= 0, 'dropout_prob, beta1 and beta2 must be less than 1, and learning_rate more than 0')
+fail_if(max(dropout_prob, beta1, beta2) >= 1, f'dropout_prob {dropout_prob}, beta1 {beta1}, beta2 {beta2} must be below 1')
+fail_if(learning_rate <= 0, f'learning_rate {learning_rate} must be more than 0')
 fail_if(max(warmup_ratio, val_size) > 1, 'warmup_ratio and val_size are shares, at most 1')
 fail_if(val_size == 1 and not read_only, '--val_size=1: without --eval_only some questions must be left to learn from')
 fail_if(any(type(s) is not int for s in permanent), f'permanent_checkpoints {permanent} must be whole numbers')
@@ -551,6 +553,7 @@ for step in range(start_step, max_steps + 1):
                    f'| {1000 * (time.perf_counter() - started):.0f}ms')
     for o in optimizers:
         scaler.unscale_(o)
+    reporting = (step + 1) % logging_steps == 0 or step == 0 or step + 1 == max_steps
     norm = total_norm([p.grad for p in parameters])
     torch.nn.utils.clip_grads_with_norm_(parameters, clip if clip > 0 else math.inf, norm)
     found = torch.stack((loss_sum, norm / world_size))  # one tensor, one host read; NaN or infinity on any rank survives the sum
@@ -561,7 +564,7 @@ for step in range(start_step, max_steps + 1):
     fail_if(not math.isfinite(step_loss) or not math.isfinite(step_norm) and not overflow, f'step {step + 1}: loss {step_loss}, gradient norm {step_norm}; '
             'stopped before the update, no checkpoint holds it (try a lower learning_rate or a longer warmup_ratio)', 1)
     for o in optimizers:
-        if not overflow:
+        if not overflow:  # the scaler itself would skip only those that saw it
             scaler.step(o)
         o.zero_grad(set_to_none=True)
     scaler.update()
@@ -573,7 +576,7 @@ for step in range(start_step, max_steps + 1):
                     epoch_sum=progress['epoch_sum'] + step_loss, epoch_count=progress['epoch_count'] + 1)
     bar.update(len(parts_of(step)))
     bar.set_postfix(loss=f'{step_loss:.4f}', lr=f'{lr:.2e}')
-    if (step + 1) % logging_steps == 0 or step == 0 or step + 1 == max_steps:
+    if reporting:
         dt, mean_loss = seconds / timed_steps, progress['loss_sum'] / progress['loss_count']
         mfu = f'{100 * 6 * trained * timed_latents / seconds / peak_flops:.1f}%' if peak_flops else '-'  # of what is computed, padding too
         minutes = int(dt * (max_steps - step - 1) / 60)
@@ -581,7 +584,7 @@ for step in range(start_step, max_steps + 1):
         log(f'step {step + 1}/{max_steps} ({100 * (step + 1) / max_steps:.2f}%) | loss {mean_loss:.6f} | lr {lr:.2e} | norm {step_norm:.2f} | '
             f'dt {1000 * dt:.0f}ms | samples/s {timed_paths * world_size / seconds:,.1f} | mfu {mfu} | eta {minutes // 60}h{minutes % 60:02d}m')
         log(f'[Trainer] Step {step + 1}: loss={mean_loss:.4f}, avg_loss={progress["epoch_sum"] / progress["epoch_count"]:.4f}, lr={lr:.2e}')
-        wandb_run.log({'train/loss': mean_loss, 'lr': lr, 'norm': step_norm}, step=step + 1)
+        wandb_run.log({'train/loss': mean_loss, 'lr': lr, 'norm': step_norm, 'samples/s': timed_paths * world_size / seconds}, step=step + 1)
         progress.update(step_numbers=[*progress['step_numbers'], step + 1], step_losses=[*progress['step_losses'], mean_loss], loss_sum=0.0, loss_count=0)
         seconds, timed_steps, timed_paths, timed_latents = 0.0, 0, 0, 0
 

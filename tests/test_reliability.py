@@ -727,14 +727,18 @@ def test_a_damaged_checkpoint_on_two_ranks(bench):
 @pytest.mark.fenced
 @pytest.mark.parametrize('ranks', [0, 2])
 def test_all_checkpoints_damaged(bench, ranks):
+    """All numbered ones: it goes on from the best; the best too: it begins anew."""
     stopped(bench, 8, ranks=ranks)
     for path in [*(checkpoint(bench, step) for step in steps(bench)), *(bench.cwd / 'run').glob('epoch_*'), *(bench.cwd / 'run').glob('final')]:
         damage(path, 'truncated')
-    run = go(bench, '--auto_resume', ranks=ranks).ok()
-    for step in (2, 4, 6, 8):
-        assert re.search('WARNING.*' + re.escape(bench.case.name(step)), run.out)
-    assert re.search('random|scratch', run.out, re.IGNORECASE)
-    same(bench, straight(bench, ranks=ranks))
+    shutil.copytree(bench.cwd / 'run', bench.cwd / 'second')
+    damage(bench.cwd / 'second' / bench.case.name('best'), 'truncated')
+    for folder, best in ('run', True), ('second', False):
+        run = go(bench, '--auto_resume', ranks=ranks, out=folder).ok()
+        for step in (2, 4, 6, 8, *(() if best else ('best',))):
+            assert re.search('WARNING.*' + re.escape(bench.case.name(step)), run.out)
+        assert re.search(f'resumed from run/{bench.case.name("best")} at step' if best else 'random|scratch', run.out, re.IGNORECASE)
+        same(bench, straight(bench, ranks=ranks), folder)
 
 
 @pytest.mark.fenced

@@ -194,7 +194,7 @@ def test_missing_data_names_the_way_out(go):
 
 
 @pytest.mark.parametrize('args, said', [
-    (['--n_head=3'], 'n_embd 16 is not a multiple of n_head 3'), (['--dropout=1.0'], 'must be less than 1'), (['--dtype=float8'], 'must be one of'),
+    (['--n_head=3'], 'n_embd 16 is not a multiple of n_head 3'), (['--dropout=1.0'], 'must be below 1'), (['--dtype=float8'], 'must be one of'),
     (['--device=tpu'], 'expected cpu, cuda'), (['--vocab_size=100'], 'smaller than the vocabulary'), (['--model=huge'], 'must be one of'),
     (['--batch_size=0'], 'must not be 0'), (['--lr_scheduler=linear'], 'must be one of'), (['--max_step=3'], 'did you mean --max_steps?')])
 def test_mistakes_end_in_one_line(go, args, said):
