@@ -35,10 +35,10 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import configure, fail, fail_if, master, nearby, print0
-from model import GPT, GPT_SIZES, PEAK_FLOPS, GPTConfig, before_after, begin_gpt, both_answers, bucketed, check_table, converse, encoding_for_all, export_files
-from model import fit_weights, forgetting_shards, git_commit, instruction_prompt, judged_answers, load_optimizer_state, make_optimizers, norms_by_part
-from model import open_rows, optimizer_state, overfitting, padded_length, padded_rows, path_of_gpt, printable, read_gpt, shard_rows, shared_out, sum_alike
-from model import tokenizer_of, total_norm
+from model import ACTIVATIONS, GPT, GPT_SIZES, PEAK_FLOPS, GPTConfig, before_after, begin_gpt, both_answers, bucketed, check_table, converse, encoding_for_all
+from model import export_files, fit_weights, forgetting_shards, git_commit, instruction_prompt, judged_answers, load_optimizer_state, make_optimizers
+from model import norms_by_part, open_rows, optimizer_state, overfitting, padded_length, padded_rows, path_of_gpt, printable, read_gpt, shard_rows, shared_out
+from model import sum_alike, tokenizer_of, total_norm
 from model import NO_WANDB, agree, ahead, append, cannot_write, cpu_group, differ, everyone, find_device, first_readable, generator_states, on_all_ranks, on_cpu
 from model import open_log, rotate, run_checkpoints, same_data, seed_generators, set_generator_states, start_wandb, watch_signals, write_together, write_whole
 
@@ -61,7 +61,7 @@ vocab_size = -1                  # ids; -1 = the data's, rounded up to a multipl
 n_layer = 12                     # blocks; the checkpoint's, as the three below
 n_head = 12                      # attention heads, must divide n_embd
 n_embd = 768                     # width
-activation = 'gelu_new'          # gelu_new | gelu; GPT-2's tanh approximation, or the exact one (nanoGPT's checkpoints)
+activation = 'gelu_new'          # one of ACTIVATIONS in model.py: gelu_new is GPT-2's tanh approximation, gelu the exact one (nanoGPT's checkpoints)
 dropout = 0.0                    # probability; 0 = off
 # optimization
 optimizer = 'adamw'              # adamw | muon; muon on the matrices of the blocks, AdamW on the rest
@@ -181,6 +181,7 @@ rank_state = dict  # returns what each rank alone knows beside its generators: n
 own_progress = dict(before={}, answers_before={}, since_sum=0.0, since_count=0, train_loss_before=-1.0)
 fail_if(max(dropout, beta1, beta2) >= 1, f'dropout {dropout}, beta1 {beta1}, beta2 {beta2} must be below 1')
 fail_if(any(type(s) is not int for s in permanent), f'permanent_checkpoints {permanent} must be whole numbers')
+fail_if(activation not in ACTIVATIONS, f'--activation={activation}: must be one of {", ".join(ACTIVATIONS)}')
 fail_if(n_embd % n_head, f'n_embd {n_embd} is not a multiple of n_head {n_head}')
 
 # ---- distributed (=) -----------------------------------------------------------------------------------------------
@@ -223,8 +224,7 @@ else:
         config.assign('max_steps', -1)  # a stored one
     max_steps = math.ceil(num_epochs * batches_per_epoch / grad_accumulation_steps) if max_steps < 0 else max_steps  # the setting stays -1
     forgetting = forgetting_shards(config, checkpoint, tokenizer)  # the validation shards of the pretraining data
-    found = (checkpoint_file, n_layer, n_head, n_embd, block_size, activation, max_steps, train_data['files'], val_data['files'])
-    found += tuple((name, len(tokens)) for name, tokens in forgetting.items())
+    found = (checkpoint_file, *map(config.get, shape), train_data['files'], val_data['files'], *forgetting, *map(len, forgetting.values()))
     fail_if(differ(found), f'the ranks differ: {found[0] or "the checkpoint"}, {data_dir}, {forgetting_root} must be the same on all nodes')
 accumulation = -(-grad_accumulation_steps // world_size)  # micro-steps per step
 first_step, first_batch = 0, 0  # the micro-batch where a step begins; only a resume with another batch moves them

@@ -30,7 +30,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import configure, fail, fail_if, master, nearby, print0
-from model import GPT, GPT_SIZES, PEAK_FLOPS, GPTConfig, begin_gpt, encoding_for_all, export_files, fit_weights, git_commit, hellaswag_scores
+from model import ACTIVATIONS, GPT, GPT_SIZES, PEAK_FLOPS, GPTConfig, begin_gpt, encoding_for_all, export_files, fit_weights, git_commit, hellaswag_scores
 from model import load_optimizer_state, load_whole_weights, make_optimizers, norms_by_part, open_hellaswag, open_shards, optimizer_state, path_of_gpt, printable
 from model import read_gpt, shard_rows, shared_out, sum_alike, sum_gradients, tensor_parallel, tokenizer_of, total_norm, whole_weights
 from model import NO_WANDB, agree, ahead, append, cannot_write, cpu_group, differ, everyone, find_device, first_readable, generator_states, on_all_ranks, on_cpu
@@ -58,7 +58,7 @@ vocab_size = -1                  # ids; -1 = the data's, rounded up to a multipl
 n_layer = 12                     # blocks
 n_head = 12                      # attention heads, must divide n_embd
 n_embd = 768                     # width
-activation = 'gelu_new'          # gelu_new | gelu; GPT-2's tanh approximation, or the exact one (nanoGPT's checkpoints)
+activation = 'gelu_new'          # one of ACTIVATIONS in model.py: gelu_new is GPT-2's tanh approximation, gelu the exact one (nanoGPT's checkpoints)
 dropout = 0.0                    # probability; 0 = off, right for pretraining
 # optimization
 optimizer = 'adamw'              # adamw | muon; muon on the matrices of the blocks, AdamW on the rest
@@ -175,6 +175,7 @@ data_parallel = not model_parallel  # False: the script sums the gradients itsel
 rank_state, own_progress = dict, {}  # what each rank alone knows beside its generators, and what this script alone remembers: nothing
 fail_if(max(dropout, beta1, beta2) >= 1, f'dropout {dropout}, beta1 {beta1}, beta2 {beta2} must be below 1')
 fail_if(any(type(s) is not int for s in permanent), f'permanent_checkpoints {permanent} must be whole numbers')
+fail_if(activation not in ACTIVATIONS, f'--activation={activation}: must be one of {", ".join(ACTIVATIONS)}')
 fail_if(n_embd % n_head, f'n_embd {n_embd} is not a multiple of n_head {n_head}')
 for name, refused in dict(compile=compile, optimizer=optimizer != 'adamw', dropout=dropout > 0, dtype=dtype == 'float16').items():
     fail_if(model_parallel and refused, f'--model_parallel does not work with --{name}={config[name]}')

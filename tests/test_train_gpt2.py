@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from harness import ROOT, TINY, clean_log, differences, load, losses, make_text_data
+from harness import ROOT, TINY, clean_log, differences, load, losses, make_rows_data, make_text_data
 from test_configurator import GUIDES
 
 
@@ -44,6 +44,18 @@ def test_the_run_learns(go):
     val = [float(x) for x in re.findall(r'val loss ([\d.]+)', run.out)]
     entropy = -sum(p * math.log(p) for p in (0.5, 0.3, 0.1, 0.1))  # of the data: nothing can be better
     assert val[0] > 5 and entropy - 0.02 < val[-1] < entropy + 0.15
+
+
+# ---- what a reader may add
+def test_another_activation_is_one_entry_in_the_model_file(go, launcher, tmp_path):
+    added = "import model; model.ACTIVATIONS['relu2'] = lambda x: x.relu() ** 2"
+    assert '--activation=relu2: must be one of gelu_new, gelu' in go('--activation=relu2').one_line()
+    go('--activation=relu2', '--max_steps=2', prelude=added).ok()
+    go('--auto_resume', '--max_steps=3', base=[], prelude=added).ok()
+    make_rows_data(tmp_path / 'dolly15k')
+    words = ['--batch_size=4', '--max_steps=1', '--eval_answers=0', '--generate_interval=-1', '--pretrained_checkpoint=logs/model_00002.pt']
+    launcher.run('finetune_dolly.py', words, cwd=tmp_path, prelude=added).ok()
+    assert load(tmp_path / 'logs_finetune/model_00001.pt')['config']['activation'] == 'relu2'
 
 
 # ---- batches
