@@ -270,7 +270,7 @@ def on_device(tensors):
 
 arc = os.path.isfile(os.path.join(data_paths[0], 'test_puzzles.json')) if evaluators == ['auto'] else 'arc@ARC' in evaluators
 if arc:
-    identifiers, tasks = on_all_ranks(read_arc, data_paths, test_data, hint=f' ({data_paths}; --evaluators="[]" does without arc@ARC)')
+    identifiers, tasks = on_all_ranks(read_arc, data_paths, test_data, hint=f'; --evaluators=arc@ARC does not fit {data_paths}, "[]" does without')
     fail_if(differ(str((identifiers, tasks))), f'the ranks see different tasks: {data_paths} must be the same on all nodes')
 
 # ---- model ---------------------------------------------------------------------------------------------------------
