@@ -2045,7 +2045,7 @@ def open_paths(folder, max_seq_length=0, own_answers=False):
     names file and place."""
     names = sorted(name for name in os.listdir(folder) if name.endswith('.pt')) if os.path.isdir(folder) else []
     if not names:
-        raise ValueError(f'✗ ERROR: No .pt files found in {folder}')
+        raise ValueError(f'No .pt files found in {folder}')
     paths = {name: [] for name in ('latents', 'target', 'correct', 'answered', 'answer', 'question')}
     questions, number_of, seen, hidden_size, left_out, files = [], {}, {}, 0, 0, {}
     for name in names:
@@ -2118,9 +2118,14 @@ def open_paths(folder, max_seq_length=0, own_answers=False):
 def open_split(folder, settings):
     """(*open_paths, the rows of the paths to learn from, of those held out): a part of the questions is held out with all their paths. settings: those of
     train_latent_prm.py. ValueError."""
-    paths, questions, facts = open_paths(folder, settings['max_seq_length'], not settings['use_prm_score'])
+    try:
+        paths, questions, facts = open_paths(folder, settings['max_seq_length'], not settings['use_prm_score'])
+    except ValueError as error:
+        how = ' --task=arithmetic --max_samples=4000 --max_new_tokens=16 --num_paths=8' * (settings['preset'] == 'tiny')
+        how = f'; to collect paths: `python prepare/latent_prm.py --model_path={settings["model_path"]} --output_dir={folder}{how}`'
+        raise ValueError(f'✗ ERROR: {error}{how * ("No .pt" in str(error))}') from error
     if settings['question_context'] and any(question['ids'] is None for question in questions):
-        raise ValueError(f'the files in {folder} do not hold the tokens of all questions: --question_context=False does without')
+        raise ValueError(f'✗ ERROR: the files in {folder} do not hold the tokens of all questions: --question_context=False does without')
     share, all_of_them = settings['val_size'], len(questions)
     count = all_of_them if share == 1 else min(all_of_them - 1, max(1, round(share * all_of_them))) if share else 0
     held_out = np.isin(paths['question'], np.random.default_rng([settings['seed'], 1]).permutation(all_of_them)[:count])

@@ -217,9 +217,7 @@ config.assign('output_dir', run_dir)
 if ask:  # needs no data
     train_rows = val_rows = []
 else:
-    how = ' --task=arithmetic --max_samples=4000 --max_new_tokens=16 --num_paths=8' * (preset == 'tiny')
-    how = f'; to collect paths: `python prepare/latent_prm.py --model_path={model_path} --output_dir={data_dir}{how}`'
-    paths, questions, facts, train_rows, val_rows = on_all_ranks(open_split, data_dir, config, hint=how)
+    paths, questions, facts, train_rows, val_rows = on_all_ranks(open_split, data_dir, config)
     fail_if(differ((checkpoint_file, facts)), f'the ranks differ: {checkpoint_file or "the checkpoint"} and {data_dir} must be the same on all nodes')
     question_lengths = np.array([len(question['ids']) if question_context else 0 for question in questions])
     full_lengths = np.array([len(latents) for latents in paths['latents']]) + question_lengths[paths['question']]

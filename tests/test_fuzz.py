@@ -540,7 +540,7 @@ def test_paths(tmp_path, fuzz, as_collected):
     folder = make_paths(tmp_path / 'paths', questions=6, paths=3)
     (folder / 'x_metadata.json').write_text(json.dumps({name: getattr(collect, name) for name in (
         'task', 'latent_steps', 'agents', 'num_parent_paths', 'diversity_strategy', 'noise_scale', 'latent_space_realign', 'temperature', 'top_p', 'max_new_tokens', 'thinking', 'instruction')}))
-    settings = dict(max_seq_length=4, use_prm_score=True, question_context=True, val_size=0.3, seed=0)
+    settings = dict(max_seq_length=4, use_prm_score=True, question_context=True, val_size=0.3, seed=0, preset='', model_path='model')
     tokenizer = QwenTokenizer(*vocabulary_of(tokenizer_json(['user'], QWEN_NEEDED)))
     qwen = Qwen3Config(64, 16, 32, 1, 2, 1, 8, 512, 1e-6, 1e6, True)
 

@@ -412,7 +412,7 @@ def test_an_epochs_checkpoint_is_resumed_from_if_there_is_nothing_newer(trains, 
     trains('--num_epochs=3').ok()
     for name in ('final', 'checkpoint-12', 'epoch_3'):
         drop(tmp_path / 'run' / name)
-    assert 'already holds a run (epoch_1)' in trains('--num_epochs=3').one_line()
+    assert 'already holds a run (epoch_2)' in trains('--num_epochs=3').one_line()
     run = trains('--auto_resume', base=['--output_dir=run']).ok()
     assert 'resumed from run/epoch_2 at step 8' in run.out and 'step 8/12' not in run.out.split('saved')[0]
     trains('--num_epochs=3', '--output_dir=straight').ok()
@@ -474,9 +474,11 @@ def test_a_run_that_nobody_named_is_found_again(trains, tmp_path):
     assert f'wrote checkpoints/{folder.name}/eval.json' in run.out
     trains('--max_steps=1', '--output_dir=checkpoints/qwen_prm_a', base=[w for w in base if 'max_steps' not in w]).ok()
     os.utime(folder)  # as if an evaluation had written into it: the newest run is the one that trained last
-    for name in ('best', 'checkpoint-4.tmp'):  # of a run that was killed before its first checkpoint
-        shutil.copytree(tmp_path / 'checkpoints/qwen_prm_a/checkpoint-1', tmp_path / 'checkpoints/qwen_prm_b' / name, copy_function=shutil.copy)
+    a, b = (tmp_path / 'checkpoints' / name for name in ('qwen_prm_a', 'qwen_prm_b'))
+    shutil.copytree(a / 'checkpoint-1', b / 'checkpoint-4.tmp', copy_function=shutil.copy)  # of a run that was killed before its first checkpoint
     assert 'resumed from checkpoints/qwen_prm_a/' in trains('--auto_resume', '--max_steps=2', base=[]).ok().out
+    shutil.copytree(a / 'checkpoint-1', b / 'best', copy_function=shutil.copy)  # after its first validation
+    assert 'resumed from checkpoints/qwen_prm_b/best at step 1' in trains('--auto_resume', '--max_steps=2', base=[]).ok().out
 
 
 @pytest.mark.parametrize('name', ['pytorch_model.bin', 'optimizer.pt', 'scheduler.pt', 'config.json', 'training_state.json'])
@@ -531,7 +533,7 @@ def test_settings_do_something_and_resume(trains, tmp_path, args):
 
 
 @pytest.mark.parametrize('args, told', [
-    (['--dropout_prob=1'], 'less than 1'), (['--learning_rate=0'], 'learning_rate'), (['--val_size=1'], 'some questions must be left'), (['--warmup_ratio=2'], 'shares'),
+    (['--dropout_prob=1'], 'below 1'), (['--learning_rate=0'], 'learning_rate'), (['--val_size=1'], 'some questions must be left'), (['--warmup_ratio=2'], 'shares'),
     (['--pooling_strategy=sum'], 'mean, last, max'), (['--loss=l1'], 'bce, mse, rank'), (['--permanent_checkpoints=a'], 'whole numbers'),
     (['--batch_size=0'], 'must not be 0'), (['--eval_only', '--ask=x'], 'give one'), (['--num_epoch=3'], 'did you mean --num_epochs'),
     (['--resume', '--checkpoint_path=run/checkpoint-9'], 'does not exist'), (['--eval_only'], 'no readable checkpoint in run'),
