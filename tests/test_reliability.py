@@ -1299,13 +1299,14 @@ def wait():
 if os.environ.get('RANK') == '1' and os.environ.get('TORCHELASTIC_RESTART_COUNT') == '0':
     threading.Thread(target=wait, daemon=True).start()
 """)
-    env = dict(os.environ, PYTHONPATH=str(bench.cwd / 'site'), OMP_NUM_THREADS='1')
+    env = dict(os.environ, OMP_NUM_THREADS='1')
+    killing = dict(env, PYTHONPATH=str(bench.cwd / 'site'))
     torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
     script = str(ROOT / bench.case.script)
     commands = ([*torchrun, '--max_restarts=2', script, *words(bench.case, ['--auto_resume'])],
                 [*torchrun, script, *words(bench.case, ['--max_lrr=1'], out='other')])
-    launched = [subprocess.Popen(command, cwd=bench.cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-                for command in commands]
+    launched = [subprocess.Popen(command, cwd=bench.cwd, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+                for command, own in zip(commands, (killing, env), strict=True)]
     outs = [process.communicate(timeout=120)[0] for process in launched]
     assert launched[0].returncode == 0 and (bench.cwd / 'killed').exists(), outs[0]
     assert 'step 4' in outs[0] and outs[0].count('resumed from') == 1
