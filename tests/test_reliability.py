@@ -750,6 +750,7 @@ def test_a_fresh_start_in_a_used_folder_is_refused(bench):
     assert tree(folder) == before
 
 
+@pytest.mark.slots
 @pytest.mark.parametrize('after, best', [(1, 0), (3, 2)])
 def test_the_best_checkpoint_alone_is_a_run(bench, after, best):
     """Killed after an evaluation and before the first numbered checkpoint: what is there is not begun anew over it, and goes on to the bit."""
@@ -939,6 +940,7 @@ def test_ranks_that_see_other_data_end(bench, missing):
     assert ('data' in told if missing else 'must be the same on all nodes' in told) and not (bench.cwd / 'run').exists()
 
 
+@pytest.mark.slots
 def test_ranks_that_see_another_checkpoint_end(bench):
     """Of the same name and step, with the same shapes: without a word each rank would train on weights, averages or moments of its own."""
     stopped(bench, 4)
