@@ -1,14 +1,22 @@
-"""prepare/maze.py, prepare/sudoku.py, prepare/arc.py, the folders that they write, and the voting on ARC."""
+"""prepare/maze.py, prepare/sudoku.py, prepare/arc.py, the folders that they write, and the voting on ARC.
+
+    python tests/test_puzzles.py data/arc1concept-aug-1000 kaggle/combined/arc-agi 8    a folder of ARC turned back into the tasks that it was made of, and voted on
+"""
 import csv
 import importlib.util
 import json
 import os
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import ROOT, make_puzzle_data, prepare
 
-import trm
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[1])]
+
+from harness import ROOT, make_puzzle_data, prepare  # noqa: E402
+
+import trm  # noqa: E402
 
 SHARED = ROOT.parent / 'shared' / 'data'
 GOALS = ('inputs', 'labels', 'puzzle_identifiers', 'puzzle_indices', 'group_indices')
@@ -267,21 +275,41 @@ def write_arc(folder, rng, names=('training', 'evaluation'), tasks=4):
         (folder / f'arc_{subset}_solutions.json').write_text(json.dumps(solutions))
 
 
-def undone_examples(folder, split):
-    """(task, input, output) of every example, turned back."""
-    found, _ = arrays(folder, split)
+def arc_tasks(prefix, subsets):
+    """{name: task with all its answers} of Kaggle's files."""
+    tasks = {}
+    for subset in subsets:
+        challenges, answers = (json.loads(Path(f'{prefix}_{subset}_{kind}.json').read_text()) for kind in ('challenges', 'solutions'))
+        for name, task in challenges.items():
+            tasks[name] = dict(train=task['train'], test=[dict(pair, output=answer) for pair, answer in zip(task['test'], answers[name], strict=True)])
+    return tasks
+
+
+def pairs_of(task, split, to_test):
+    """What a copy of this task must hold in train or test, [(input, output)]; to_test: it is of the test set."""
+    pairs = (task['train'] if split == 'train' else []) + (task['test'] if (split == 'test') == to_test else [])
+    return [(pair['input'], pair['output']) for pair in pairs]
+
+
+def undone_puzzles(folder, split, every=1):
+    """(task, [(input, output)], numbers of those that were not where they are in the task) of each every-th puzzle, turned back."""
+    found = {name: np.load(folder / split / f'all__{name}.npy', mmap_mode='r') for name in GOALS}
     identifiers = json.loads((folder / 'identifiers.json').read_text())
-    for p, (begin, end) in enumerate(zip(found['puzzle_indices'][:-1], found['puzzle_indices'][1:], strict=True)):
-        for i in range(begin, end):
+    for p in range(0, len(found['puzzle_identifiers']), every):
+        pairs, moved = [], []
+        for i in range(*found['puzzle_indices'][p:p + 2]):
             boards = [found[name][i].reshape(30, 30) for name in ('inputs', 'labels')]
             corner = [np.argwhere(board >= 2).min(0) for board in boards]  # as one rectangle has moved, so has the other
             assert np.array_equal(*corner)
-            moved = [np.zeros((30, 30), np.uint8) for _ in boards]
-            for new, board in zip(moved, boards, strict=True):
-                part = board[corner[0][0]:, corner[0][1]:]
-                new[:part.shape[0], :part.shape[1]] = part
-            grids = [trm.arc_undone(identifiers[found['puzzle_identifiers'][p]], trm.arc_grid(board.ravel())) for board in moved]
-            yield grids[0][0], *(grid.tolist() for _, grid in grids), p if corner[0].any() else -1
+            grids = []
+            for board in boards:
+                part, back = board[corner[0][0]:, corner[0][1]:], np.zeros((30, 30), np.uint8)
+                back[:part.shape[0], :part.shape[1]] = part
+                name, grid = trm.arc_undone(identifiers[found['puzzle_identifiers'][p]], trm.arc_grid(back.ravel()))
+                grids.append(grid.tolist())
+            moved += [len(pairs)] * bool(corner[0].any())
+            pairs.append(tuple(grids))
+        yield name, pairs, moved
 
 
 def test_arc(tmp_path):
@@ -290,24 +318,18 @@ def test_arc(tmp_path):
     for out in ('a', 'b'):
         prepare('arc', *args, '--output_dir', out, cwd=tmp_path)
     assert same_folder(tmp_path / 'a', tmp_path / 'b')
-    tasks = {}
-    for subset in ('training', 'evaluation'):
-        answers = json.loads((tmp_path / f'arc_{subset}_solutions.json').read_text())
-        for name, task in json.loads((tmp_path / f'arc_{subset}_challenges.json').read_text()).items():
-            tasks[name] = dict(train=task['train'], test=[dict(pair, output=answer) for pair, answer in zip(task['test'], answers[name], strict=True)])
+    tasks = arc_tasks(tmp_path / 'arc', ('training', 'evaluation'))
     assert json.loads((tmp_path / 'a/test_puzzles.json').read_text()) == {name: task for name, task in tasks.items() if name[0] == 'e'}
     for split in ('train', 'test'):
         found, facts = arrays(tmp_path / 'a', split)
-        undone = list(undone_examples(tmp_path / 'a', split))
+        undone = list(undone_puzzles(tmp_path / 'a', split))
         assert facts['vocab_size'] == 12 and facts['seq_len'] == 900 and facts['num_puzzle_identifiers'] == 1 + 8 * 7
         assert facts['total_groups'] == (8 if split == 'train' else 4) and (np.diff(found['group_indices']) == 7).all()
         for name, task in tasks.items():
-            expected = (task['train'] if split == 'train' else []) + (task['test'] if (split == 'train') == (name[0] == 't') else [])
-            got = [(q, a) for n, q, a, _ in undone if n == name]
-            assert got == [(pair['input'], pair['output']) for pair in expected] * 7, name
-        moved = [p for *_, p in undone if p >= 0]  # the puzzles of examples that are not where they were
-        assert bool(moved) == (split == 'train')
-        assert all(moved.count(p) < size for p, size in enumerate(np.diff(found['puzzle_indices'])))  # one of each is
+            expected = pairs_of(task, split, name[0] == 'e')
+            assert [pairs for n, pairs, _ in undone if n == name] == [expected] * 7 * bool(expected), name
+        assert any(moved for *_, moved in undone) == (split == 'train')
+        assert all(len(moved) < len(pairs) for _, pairs, moved in undone)  # one of each is where it was
     train, test = (arrays(tmp_path / 'a', split)[0]['puzzle_identifiers'] for split in ('train', 'test'))
     assert set(test) < set(train) and len(set(train)) == 56  # a task's test has the identifiers of its demonstrations
 
@@ -337,6 +359,14 @@ def test_arc_files_that_are_wrong(tmp_path, change, told):
     assert told in err and len(err.strip().splitlines()) == 1 and not (tmp_path / 'a').exists()
 
 
+def one_wrong(cells):
+    """These cells with another colour in the first that has one."""
+    cells = cells.copy()
+    first = np.flatnonzero(cells >= 2)[0]
+    cells[first] = 2 + (cells[first] - 1) % 10
+    return cells
+
+
 def votes_of(folder, answer):
     """The votes if the model's answer to each test example were answer(label cells)."""
     found, _ = arrays(folder, 'test')
@@ -355,13 +385,7 @@ def test_arc_votes(tmp_path):
     assert set(result.values()) == {1.0}
     assert {name: [pair['attempt_1'] for pair in pairs] for name, pairs in submission.items()} == {
         name: [pair['output'] for pair in task['test']] for name, task in tasks.items()}
-
-    def wrong(cells):
-        cells = cells.copy()
-        first = np.flatnonzero(cells >= 2)[0]
-        cells[first] = 2 + (cells[first] - 1) % 10
-        return cells
-    assert set(trm.arc_result(votes_of(tmp_path / 'a', wrong), tasks)[0].values()) == {0.0}
+    assert set(trm.arc_result(votes_of(tmp_path / 'a', one_wrong), tasks)[0].values()) == {0.0}
 
 
 def test_arc_votes_are_counted_then_weighed():
@@ -506,3 +530,15 @@ def test_pictures():
     lines = trm.drawn(cells, cells, np.where(np.arange(900) == 1, 5, cells), 12)
     assert len(lines) == 1 and '48;5;16m  ' in lines[0] and '><' in lines[0]
     assert trm.drawn([1, 2, 3], [1, 2, 3], [1, 2, 3], 6) == ['1 2 3']
+
+
+if __name__ == '__main__':
+    folder, prefix, every = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    tasks, to_test = arc_tasks(prefix, arc.subsets), json.loads((folder / 'test_puzzles.json').read_text())
+    for split, step in dict(train=every, test=1).items():
+        puzzles = examples = wrong = 0
+        for name, pairs, _ in undone_puzzles(folder, split, step):
+            puzzles, examples, wrong = puzzles + 1, examples + len(pairs), wrong + (pairs != pairs_of(tasks[name], split, name in to_test))
+        print(f'{split}: {examples:,} examples of {puzzles:,} puzzles turned back, {wrong:,} puzzles differ from their task', flush=True)
+    for what, answer in dict(right=lambda cells: cells, wrong=one_wrong).items():
+        print(f'all answers {what}:', *(f'{name} {share:.1%}' for name, share in trm.arc_result(votes_of(folder, answer), to_test)[0].items()), flush=True)
