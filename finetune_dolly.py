@@ -223,7 +223,7 @@ else:
     if 'num_epochs' in typed_now and 'max_steps' not in typed_now:
         config.assign('max_steps', -1)  # a stored one
     max_steps = math.ceil(num_epochs * batches_per_epoch / grad_accumulation_steps) if max_steps < 0 else max_steps  # the setting stays -1
-    forgetting = forgetting_shards(config, checkpoint, tokenizer)  # the validation shards of the pretraining data
+    forgetting = on_all_ranks(forgetting_shards, config, checkpoint, tokenizer)  # the validation shards of the pretraining data
     found = (checkpoint_file, *map(config.get, shape), train_data['files'], val_data['files'], *forgetting, *map(len, forgetting.values()))
     fail_if(differ(found), f'the ranks differ: {found[0] or "the checkpoint"}, {data_dir}, {forgetting_root} must be the same on all nodes')
 accumulation = -(-grad_accumulation_steps // world_size)  # micro-steps per step
@@ -316,7 +316,7 @@ def save(path):
         dist.gather_object(own, ranks if master else None, group=cpu_group())
     files = state_files(dict(snapshot['progress'], step=snapshot['step'], top_done=snapshot['top_done'], log_bytes=snapshot['log_bytes'],
                              ranks=ranks, config=dict(config), given=config.typed()))
-    if master:
+    if master and max_steps:  # 0 trains nothing, and leaves no run behind
         try:
             os.fsync(log_descriptor)
             write_whole(path, files)

@@ -64,8 +64,9 @@ def find_device(device, local_rank=-1):
         return 'cpu'
     if kind == 'cuda':
         device = f'cuda:{local_rank}' if local_rank >= 0 else 'cuda:0' if device == 'cuda' else device
-        if device not in [f'cuda:{i}' for i in range(torch.cuda.device_count())]:
-            fail(f'no device {device}: this machine has {torch.cuda.device_count()} GPU(s)')
+        last = f'cuda:{int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1)) - 1}' if local_rank >= 0 else device  # if it lacks one, the first rank says so
+        if last not in [f'cuda:{i}' for i in range(torch.cuda.device_count())]:
+            fail(f'no device {last}: this machine has {torch.cuda.device_count()} GPU(s)')
         torch.cuda.set_device(device)
     return device
 
@@ -829,11 +830,16 @@ def tokenizer_of(checkpoint, file):
 
 def encoding_for_all(name, needed):
     """load_tokenizer on every rank; where one has none, None on all ranks, with a message, or the end if it is needed."""
+    encoding, problem = None, ''
     try:
         encoding = load_tokenizer(name)
     except OSError as error:
-        encoding = fail(error) if needed else print0(f'no samples: {error}')
-    return None if any(everyone(encoding is None)) else encoding
+        problem = str(error)
+    missing = next(filter(None, everyone(problem)), '')
+    fail_if(missing and needed, missing)
+    if missing:
+        print0(f'no samples: {missing}')
+    return None if missing else encoding
 
 
 def map_npy(path):
@@ -913,7 +919,7 @@ def shard_rows(shards, T, rows):
 
 def forgetting_shards(config, checkpoint, tokenizer):
     """{name: tokens} of the validation shards in the folder that the setting forgetting_root names; 'auto': that which the checkpoint was trained on. {} where
-    there is none."""
+    there is none. ValueError if it was typed and cannot be used."""
     if config['forgetting_root'] == 'auto':  # it must not outlive the moment in which it is known
         root = checkpoint.get('data_root', '') if checkpoint else ''
         config.assign('forgetting_root', root if os.path.isdir(root) else '')
@@ -923,10 +929,12 @@ def forgetting_shards(config, checkpoint, tokenizer):
     try:
         _, shards, theirs = open_shards(config['forgetting_root'], config['block_size'], val_only=True)
     except ValueError as error:
-        fail_if('forgetting_root' in config.typed_here, f'--forgetting_root: {error} (without a folder, --forgetting_root=, it is not measured)')
+        if 'forgetting_root' in config.typed_here:
+            raise ValueError(f'--forgetting_root: {error} (without a folder, --forgetting_root=, it is not measured)') from error
         print0(f'WARNING: forgetting is not measured: {error}')
         return {}
-    fail_if(theirs != tokenizer, f'--forgetting_root={config["forgetting_root"]} holds {theirs["tokenizer"]} tokens, the rows {tokenizer["tokenizer"]}')
+    if theirs != tokenizer:
+        raise ValueError(f'--forgetting_root={config["forgetting_root"]} holds {theirs["tokenizer"]} tokens, the rows {tokenizer["tokenizer"]}')
     return shards
 
 
@@ -1171,14 +1179,6 @@ def set_aside(paths):
         os.replace(path, path + '.old')
 
 
-def set_aside_later(checkpoints, step, resumed):
-    """set_aside of those of {path: step} that are later, and lie beside the one that is resumed."""
-    folder = os.path.dirname(os.path.normpath(resumed)) or '.'
-    for path in [path for path, theirs in checkpoints.items() if theirs > step and os.path.samefile(os.path.dirname(path), folder)]:
-        set_aside([path])
-        print0(f'set aside too: {path}')
-
-
 def steps_on_disk(path_of, suffix=''):
     """Steps of the checkpoints in a run's folder, ascending. Only names that path_of(step) of the script itself writes are ours."""
     folder = os.path.dirname(path_of(0))
@@ -1241,6 +1241,7 @@ def open_log(path, path_of, read, checkpoint, checkpoint_file, explicit):
         later = [path_of(s) for s in steps_on_disk(path_of) if s > start_step]
         best = whole_checkpoint(path_of('best'), read, '')[0]
         later += [path_of('best')] if best and best.get('step', 0) > start_step else []
+        later += sorted(path for path, step in prm_checkpoints(os.path.join(glob.escape(folder), '*'), r'epoch_\d+|final').items() if step > start_step)
         set_aside(later)
         if later:
             print0(f'set aside as *.old, later than step {start_step}:', ', '.join(later))
@@ -1368,11 +1369,11 @@ def shared_out(batches, rank, world_size, poll, work):
 
 
 def on_all_ranks(work, *arguments, hint=''):
-    """work(*arguments) on every rank. If it is a ValueError on any, all end with its words and the hint: none may be left waiting for one that is gone."""
+    """work(*arguments) on every rank. If the data are wrong on any, all end with its words and the hint: none may be left waiting for one that is gone."""
     found, problem = None, ''
     try:
         found = work(*arguments)
-    except (ValueError, OverflowError, MemoryError) as error:
+    except (ValueError, OSError, OverflowError, MemoryError) as error:
         problem = f'{error or type(error).__name__}{hint}'
     agree(problem)
     return found

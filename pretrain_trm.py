@@ -269,8 +269,8 @@ def on_device(tensors):
     return dict(tensors, labels=tensors['labels'].to(torch.int32).masked_fill(tensors['labels'] == 0, IGNORE))
 
 arc = os.path.isfile(os.path.join(data_paths[0], 'test_puzzles.json')) if evaluators == ['auto'] else 'arc@ARC' in evaluators
-if arc:
-    identifiers, tasks = on_all_ranks(read_arc, data_paths, test_data, hint=f'; --evaluators=arc@ARC does not fit {data_paths}, "[]" does without')
+if any(everyone(arc)):  # one that lacks the file must say so
+    identifiers, tasks = on_all_ranks(read_arc, data_paths, test_data, hint=f'; --evaluators={evaluators} does not fit {data_paths}, "[]" does without')
     fail_if(differ(str((identifiers, tasks))), f'the ranks see different tasks: {data_paths} must be the same on all nodes')
 
 # ---- model ---------------------------------------------------------------------------------------------------------
@@ -328,7 +328,7 @@ def save(path):
         dist.gather_object(own, ranks if master else None, group=cpu_group())
     files = state_files(dict(snapshot['progress'], step=snapshot['step'], top_done=snapshot['top_done'], log_bytes=snapshot['log_bytes'],
                              ranks=ranks, config=dict(config), given=config.typed()))
-    if master:
+    if master and max_steps:  # 0 trains nothing, and leaves no run behind
         try:
             os.fsync(log_descriptor)
             write_whole(path, files)

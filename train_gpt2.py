@@ -322,7 +322,7 @@ def save(path):
         dist.gather_object(own, ranks if master else None, group=cpu_group())
     files = state_files(dict(snapshot['progress'], step=snapshot['step'], top_done=snapshot['top_done'], log_bytes=snapshot['log_bytes'],
                              ranks=ranks, config=dict(config), given=config.typed()))
-    if master:
+    if master and max_steps:  # 0 trains nothing, and leaves no run behind
         try:
             os.fsync(log_descriptor)
             write_whole(path, files)

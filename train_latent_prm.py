@@ -40,7 +40,7 @@ from tqdm import tqdm
 from configurator import configure, fail, fail_if, master, nearby, print0
 from model import PEAK_FLOPS, QwenLatentPRM, bucketed, by_question, check_paths, choice_lines, compared, find_model, git_commit, load_optimizer_state
 from model import make_optimizers, newest_prm_run, open_split, optimizer_state, ordered_pairs, padded_paths, path_tensors, paths_of, prm_checkpoints, prm_files
-from model import prm_line, prm_report, prm_step, read_prm, set_aside_later, shared_out, steps_on_disk, sum_alike, table_lines, total_norm, training_stats
+from model import prm_line, prm_report, prm_step, read_prm, shared_out, steps_on_disk, sum_alike, table_lines, total_norm, training_stats
 from model import NO_WANDB, agree, ahead, append, cannot_write, cpu_group, differ, everyone, find_device, first_readable, generator_states, on_all_ranks, on_cpu
 from model import open_log, rotate, run_checkpoints, same_data, seed_generators, set_generator_states, start_wandb, watch_signals, write_together, write_whole
 
@@ -111,10 +111,6 @@ config = configure(globals(), aliases={
 # ---- run folder ----------------------------------------------------------------------------------------------------
 typed_now = set(config.given)  # a resume adds what was typed when the run began
 
-def folders(names):
-    """{path: step} of the checkpoints in run_dir whose names fit."""
-    return prm_checkpoints(os.path.join(glob.escape(run_dir), '*'), names)
-
 fail_if('ask' in typed_now and not ask.strip(), '--ask: the question is empty')
 fail_if(eval_only and ask, '--eval_only and --ask are launches of their own: give one')
 read_only = eval_only or ask != ''       # these modes read a checkpoint and start no run
@@ -135,7 +131,7 @@ def newest_first():
 def checkpoint_of(path):  # one dict, whatever the files; ValueError if it is damaged
     return read_prm(path)
 
-elsewhere = folders(r'epoch_\d+|final')
+elsewhere = prm_checkpoints(os.path.join(glob.escape(run_dir), '*'), r'epoch_\d+|final')  # {path: step}
 
 # ---- stored run (=) ------------------------------------------------------------------------------------------------
 # Which checkpoint this launch reads, if any. What was typed when that run began counts as typed again, unless anew.
@@ -262,13 +258,15 @@ def batch(step, micro_step):
     return [t.pin_memory() if t is not None and device_type == 'cuda' else t for t in tensors], count, pairs_count
 
 # ---- model ---------------------------------------------------------------------------------------------------------
+problem = ''
 try:
     model_folder = find_model(model_path)
     raw_model = QwenLatentPRM(model_folder, pooling_strategy, dropout_prob, question_context).to(device, torch.get_default_dtype())
     if not ask:
         check_paths(data_dir, raw_model.config, facts['hidden_size'], full_lengths.max(initial=0), questions if question_context else ())
 except (ValueError, OSError) as error:
-    fail(f'✗ ERROR: --model_path={model_path}: {error}')
+    problem = f'✗ ERROR: --model_path={model_path}: {error}'
+agree(problem)
 raw_model.model.grad_checkpoint = grad_checkpoint
 DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(raw_model, [name for name, _ in raw_model.named_buffers()])  # equal on all ranks as it is
 
@@ -293,8 +291,6 @@ def load_training(checkpoint):
         checkpoint['best_score'] = math.inf  # scores of another kind cannot be compared
     there = checkpoint['train_loader_state']
     same_data(there, loader_state(checkpoint['step']), ('seed', 'max_seq_length', 'use_prm_score', 'files'), data_dir)
-    if master and checkpoint_path and checkpoint['step'] <= max_steps:  # of another future, as what the next section sets aside
-        set_aside_later(folders(r'epoch_\d+|final'), checkpoint['step'], checkpoint_file)
 
 # ---- checkpoint (=) ------------------------------------------------------------------------------------------------
 # step: completed optimizer steps. progress: plain numbers that a resume continues. snapshot: what a checkpoint of this step
@@ -321,7 +317,7 @@ def save(path):
         dist.gather_object(own, ranks if master else None, group=cpu_group())
     files = state_files(dict(snapshot['progress'], step=snapshot['step'], top_done=snapshot['top_done'], log_bytes=snapshot['log_bytes'],
                              ranks=ranks, config=dict(config), given=config.typed()))
-    if master:
+    if master and max_steps:  # 0 trains nothing, and leaves no run behind
         try:
             os.fsync(log_descriptor)
             write_whole(path, files)
@@ -416,7 +412,7 @@ def evaluate(full=False):
     def work(turn, chosen):
         inputs = path_tensors(paths, val_rows[chosen], questions if question_context else None, 8 if compile else 1)[:4]
         with autocast:
-            return raw_model(*(None if t is None else t.to(device) for t in inputs)).double().tolist()
+            return raw_model(*(None if t is None else t.to(device) for t in inputs)).tolist()
 
     order = np.argsort(full_lengths[val_rows], kind='stable')
     raw_model.eval()

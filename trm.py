@@ -534,7 +534,7 @@ def run_folder(config, project_dir, look):
         fail(f'--run_name={config["run_name"]} and --project_name={config["project_name"]} are names of folders, without /')
     if config['log_dir'] and ('log_dir' in config.typed_here or not {'run_name', 'project_name'} & config.typed_here):
         return config['log_dir']
-    steps = [path for path in glob.glob(os.path.join(glob.escape(project_dir), '*', 'step_*')) if re.fullmatch(r'step_\d+', os.path.basename(path))]
+    steps = [path for path in glob.glob(os.path.join(glob.escape(project_dir), '*', 'step_*')) if re.fullmatch(r'step_(\d+|best)', os.path.basename(path))]
     last = newest(steps) if look and not config['run_name'] else ''
     return os.path.dirname(last) or os.path.join(project_dir, config['run_name'] or time.strftime('%Y%m%d_%H%M%S'))
 

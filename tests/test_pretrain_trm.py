@@ -334,6 +334,9 @@ def test_the_newest_run_is_the_one_with_the_newest_checkpoint(trains, tmp_path):
     trains('--eval_only', '+run_name=a', base=['--data_paths=data']).ok()  # writes there, trains nothing
     (tmp_path / 'checkpoints/Data-ACT-torch/c').mkdir()  # ended before its first checkpoint
     assert 'resumed from checkpoints/Data-ACT-torch/b/step_4' in trains('--auto_resume', '--max_steps=6', base=base).ok().out
+    (tmp_path / 'checkpoints/Data-ACT-torch/d').mkdir()  # killed after its first evaluation
+    shutil.copy(tmp_path / 'checkpoints/Data-ACT-torch/b/step_best', tmp_path / 'checkpoints/Data-ACT-torch/d')
+    assert 'resumed from checkpoints/Data-ACT-torch/d/step_best at step' in trains('--auto_resume', '--max_steps=6', base=base).ok().out
 
 
 def test_a_vector_that_is_not_a_number(trains, tmp_path):
@@ -552,6 +555,11 @@ def test_arc_from_its_files_to_a_submission(launcher, tmp_path):
     assert {f'pass@{k}' for k in trm.PASS_AT} <= report.keys() and report['examples'] == 3 * 4
     run = launcher.run('pretrain_trm.py', [*base, '--log_dir=none', 'evaluators=[]'], cwd=tmp_path).ok()
     assert 'ARC pass' not in run.out and not (tmp_path / 'none/submission.json').exists()
+    shutil.copytree(tmp_path / 'data', tmp_path / 'other/data')
+    (tmp_path / 'other/data/arc/test_puzzles.json').unlink()
+    for lacks in ('0', '1'):
+        run = launcher.run('pretrain_trm.py', [*base, f'--log_dir={tmp_path}/none2'], cwd=tmp_path, ranks=2, prelude=f"import os; os.environ['RANK'] == '{lacks}' and os.chdir('other')")
+        assert 'test_puzzles.json' in run.one_line(2)
     names = json.loads((tmp_path / 'data/arc/identifiers.json').read_text())
     grid = dict(input=[[1]], output=[[1]])
     for wrong in (['<blank>'], {}, ['x|||t0', *names[1:]], ['x|||t9|||0123456789', *names[1:]], ['x|||t1|||0123456788', *names[1:]], [7, *names[1:]], 'tasks',

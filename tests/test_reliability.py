@@ -764,6 +764,14 @@ def test_the_best_checkpoint_alone_is_a_run(bench, after, best):
     same(bench, straight(bench, **settings))
 
 
+@pytest.mark.fenced
+def test_nothing_trained_is_no_run(bench):
+    go(bench, max_steps=0).ok()
+    assert whole(bench) == {}
+    go(bench).ok()
+    same(bench, straight(bench))
+
+
 @pytest.mark.slots
 @pytest.mark.parametrize('verb', ['--auto_resume', '--resume'])
 def test_resume_where_nothing_is_begins_and_else_continues(bench, verb):
@@ -941,18 +949,24 @@ def test_ranks_that_see_other_data_end(bench, missing):
 
 
 @pytest.mark.slots
-def test_ranks_that_see_another_checkpoint_end(bench):
-    """Of the same name and step, with the same shapes: without a word each rank would train on weights, averages or moments of its own."""
-    stopped(bench, 4)
+@pytest.mark.parametrize('fits', [True, False])
+def test_ranks_that_see_another_checkpoint_end(bench, fits):
+    """Of the same name and step, with the same shapes: without a word each rank would train on weights, averages or moments of its own. Or it fits on one
+    rank alone. In both cases nothing has been set aside."""
+    stopped(bench, 8)
     shutil.copytree(bench.cwd / 'data', bench.cwd / 'other/data')
     shutil.copytree(bench.cwd / 'run', bench.cwd / 'other/run')
     content = load(checkpoint(bench, 4, 'other/run'))
     name = next(name for name, tensor in content['model'].items() if tensor.is_floating_point() and tensor.numel() > 4)
-    content['model'][name].view(-1)[3] += 1e-6
+    if fits:
+        content['model'][name].view(-1)[3] += 1e-6
+    else:
+        content['model'][name] = content['model'][name].repeat(2, *[1] * (content['model'][name].dim() - 1))
     drop(checkpoint(bench, 4, 'other/run'))
     store(content, checkpoint(bench, 4, 'other/run'))
     before = tree(bench.cwd / 'run')
-    assert 'the ranks found different checkpoints' in go(bench, '--auto_resume', ranks=2, prelude=OTHER_FOLDER).one_line(2)
+    run = go(bench, '--resume', f'--checkpoint_path=run/{bench.case.name(4)}', ranks=2, prelude=OTHER_FOLDER)
+    assert ('the ranks found different checkpoints' if fits else f'run/{bench.case.name(4)} does not fit: ') in run.one_line(2)
     assert tree(bench.cwd / 'run') == before
 
 

@@ -13,9 +13,24 @@ import torch
 from harness import ROOT, TINY, clean_log, differences, load, losses, make_rows_data, make_text_data
 from test_configurator import GUIDES
 
+import model
+
 
 def column(run, name):
     return [float(x) for x in re.findall(rf'\| {name} ([\d.e+-]+)', run.out)]
+
+
+def test_more_ranks_than_gpus(monkeypatch, capsys):
+    """Said by the first rank of the machine, which has one: the others are silent."""
+    for name, value in dict(is_available=lambda: True, device_count=lambda: 4, set_device=lambda device: None).items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setenv('LOCAL_RANK', '0')
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '4')
+    assert model.find_device('', 3) == 'cuda:3' and model.find_device('cuda:1') == 'cuda:1'
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '8')
+    with pytest.raises(SystemExit):
+        model.find_device('cuda', 0)
+    assert capsys.readouterr().err == 'no device cuda:7: this machine has 4 GPU(s)\n'
 
 
 # ---- learning rate: read off the log
