@@ -71,7 +71,9 @@ def nearby(path):
     (above, own), numbered = os.path.split(folder), re.sub('[0-9]+', '*', glob.escape(name))
     found = glob.glob(os.path.join(glob.escape(above), '*', numbered))
     found = found or glob.glob(os.path.join(glob.escape(os.path.dirname(above)), '*', glob.escape(own), numbered))
-    found = sorted(found, key=lambda other: (os.path.basename(other) == name, difflib.SequenceMatcher(None, os.path.dirname(other), folder).ratio(), other))
+    found = sorted((other for other in found if other != os.path.normpath(path) and not other.endswith(('.old', '.was', '.gone', '.tmp'))), key=lambda other: (
+        os.path.basename(other) == name, difflib.SequenceMatcher(None, os.path.dirname(other), folder).ratio(),
+        [int(part) if part.isdecimal() else part for part in re.split('([0-9]+)', other)]))  # step_9 before step_10
     return '; there is ' + ', '.join(found[-3:]) if found else ''
 
 

@@ -279,16 +279,16 @@ def load_training(checkpoint):
     load_optimizer_state(raw_model, optimizers, checkpoint['optimizer'])  # the present decay and betas stay
     if checkpoint['scaler']:  # empty if the run had another dtype
         scaler.load_state_dict(checkpoint['scaler'])
-    there = checkpoint['train_loader_state']
-    same_data(there, loader_state(0), ('block_size', 'files'), data_dir)
+    same_data(there := checkpoint['train_loader_state'], loader_state(0), ('block_size', 'files'), data_dir)
     if not all(type(there[name]) is int and there[name] >= 0 for name in ('epoch', 'micro_batch', 'batches_per_epoch')) or not there['batches_per_epoch']:
         raise ValueError(f'its data position is {there}')
     position = there['micro_batch'] * batches_per_epoch // there['batches_per_epoch']  # another batch_size: the same share of the epoch
     if there['batches_per_epoch'] != batches_per_epoch:
         print0(f'another batch_size: continuing at micro-batch {position} of {batches_per_epoch} of epoch {there["epoch"]}: some rows may come twice or never')
     first_step, first_batch = checkpoint['step'], there['epoch'] * batches_per_epoch + position
-    if config['max_steps'] < 0:
-        max_steps = first_step + max(0, math.ceil((num_epochs * batches_per_epoch - first_batch) / grad_accumulation_steps))
+    left = math.ceil((num_epochs * batches_per_epoch - first_batch) / grad_accumulation_steps)
+    if config['max_steps'] < 0:  # fewer epochs than it has had are refused
+        max_steps = first_step + (left if num_epochs < checkpoint['config']['num_epochs'] else max(0, left))
     check_table(checkpoint['before'], checkpoint['answers_before'])
 
 # ---- checkpoint (=) ------------------------------------------------------------------------------------------------
@@ -593,7 +593,7 @@ for step in range(start_step, max_steps + 1):
         progress.update(loss_sum=0.0, loss_count=0)
 
 # ---- finish --------------------------------------------------------------------------------------------------------
-log(f'done: best val loss {progress["best_val_loss"]:.4f} at step {progress["best_step"]}, checkpoints in {run_dir}, '
+log(f'done: best val loss {progress["best_val_loss"]:.4f} at step {progress["best_step"]}, {"" if max_steps else "no "}checkpoints in {run_dir}, '
     f'trained for {progress["seconds"] / 60:.1f} min', prefix='# ')
 poll()
 wandb_run.finish()

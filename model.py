@@ -4,6 +4,7 @@ Parameter names are those of the published checkpoints; weights of linear layers
 published Conv1D ones. The head is the token embedding (tied), so it has no entry of its own in the state dict.
 """
 import base64
+import fcntl
 import glob
 import hashlib
 import json
@@ -1016,7 +1017,8 @@ def open_rows(folder, block_size):
         tokens, prompt, response, category = (np.concatenate([part[i] for part in parts]) for i in range(1, 5))
         fits = prompt + response <= block_size + 1
         if not fits.any():
-            raise ValueError(f'{folder}: no {split} row has at most block_size + 1 = {block_size + 1} tokens')
+            raise ValueError(f'{folder}: no {split} row has at most block_size + 1 = {block_size + 1} tokens: take a model of a larger block_size '
+                             f'(--pretrained_checkpoint), or rows of prepare/dolly.py --max_length={block_size + 1}')
         start = np.cumsum(prompt + response) - prompt - response
         found.append(dict(tokens=tokens, start=start[fits], prompt=prompt[fits], response=response[fits], category=category[fits],
                           files={part[0]: [len(part[2]), part[5]] for part in parts}, left_out=int((~fits).sum())))
@@ -1227,8 +1229,21 @@ def rotate(path_of, read, keep, permanent, damaged):
             remove(path_of(s))
 
 
+def locked(path):
+    """A descriptor that appends to the log of a run. As long as this process lives, no other gets one; ValueError if another has it."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ValueError('another process is training in it') from None
+    except OSError as error:  # a file system without locks
+        print0(f'WARNING: {path} cannot be locked ({error}): nothing keeps a second process out of this folder')
+    return descriptor
+
+
 def open_log(path, path_of, read, checkpoint, checkpoint_file, explicit):
-    """Make or enter the folder of a run; returns a descriptor that appends to its log. ValueError if the folder holds another run.
+    """Make or enter the folder of a run; returns a descriptor that appends to its log. ValueError if the folder holds another run, or one that is at work.
 
     checkpoint: what is resumed, None for a new run. If it lies in this folder, its log is cut back to where that step began (what follows will be written
     again), and, if it was named explicitly, later checkpoints, which belong to another future, get the name .old."""
@@ -1237,6 +1252,7 @@ def open_log(path, path_of, read, checkpoint, checkpoint_file, explicit):
     in_place = checkpoint is not None and os.path.samefile(os.path.dirname(os.path.normpath(checkpoint_file)) or '.', folder)
     if checkpoint and not in_place and run_checkpoints(path_of):
         raise ValueError(f'{folder} already holds another run: choose an empty folder')
+    descriptor = locked(path)
     if in_place and explicit:
         later = [path_of(s) for s in steps_on_disk(path_of) if s > start_step]
         best = whole_checkpoint(path_of('best'), read, '')[0]
@@ -1245,10 +1261,10 @@ def open_log(path, path_of, read, checkpoint, checkpoint_file, explicit):
         set_aside(later)
         if later:
             print0(f'set aside as *.old, later than step {start_step}:', ', '.join(later))
-    if not in_place and os.path.exists(path) and os.path.getsize(path):
+    if not in_place and os.path.getsize(path):
         set_aside([path])
+        descriptor = locked(path)
         print0(f'set aside as {os.path.basename(path)}.old, of a run without a checkpoint: {path}')
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     if in_place and os.fstat(descriptor).st_size > checkpoint['log_bytes']:
         os.ftruncate(descriptor, checkpoint['log_bytes'])
     return descriptor

@@ -591,7 +591,7 @@ for step in range(start_step, max_steps + 1):
 
 # ---- finish --------------------------------------------------------------------------------------------------------
 best = f'best val loss {progress["best_val_loss"]:.4f}, exact {max(0, progress["best_exact"]):.4f} at step {progress["best_step"]}, ' if test_data else ''
-log(f'done: {best}checkpoints in {run_dir}, trained for {progress["seconds"] / 60:.1f} min', prefix='# ')
+log(f'done: {best}{"" if max_steps else "no "}checkpoints in {run_dir}, trained for {progress["seconds"] / 60:.1f} min', prefix='# ')
 poll()
 wandb_run.finish()
 leave(0)

@@ -564,7 +564,7 @@ for step in range(start_step, max_steps + 1):
         progress.update(loss_sum=0.0, loss_count=0)
 
 # ---- finish --------------------------------------------------------------------------------------------------------
-log(f'done: best val loss {progress["best_val_loss"]:.4f} at step {progress["best_step"]}, checkpoints in {run_dir}, '
+log(f'done: best val loss {progress["best_val_loss"]:.4f} at step {progress["best_step"]}, {"" if max_steps else "no "}checkpoints in {run_dir}, '
     f'trained for {progress["seconds"] / 60:.1f} min', prefix='# ')
 poll()
 wandb_run.finish()

@@ -588,7 +588,8 @@ write_together(path, {'': training_stats(progress, total_steps=max_steps, num_ep
                                          model_path=model_path, data_dir=data_dir, num_samples=len(train_rows))})
 print0(f'wrote {path}')
 best = f'best val loss {progress["best_val_loss"]:.4f}, ' if len(val_rows) else ''
-log(f'done: {best}best/ is that of step {progress["best_step"]}, checkpoints in {run_dir}, trained for {progress["seconds"] / 60:.1f} min', prefix='# ')
+best += f'best/ is that of step {progress["best_step"]}, ' if max_steps else 'no '
+log(f'done: {best}checkpoints in {run_dir}, trained for {progress["seconds"] / 60:.1f} min', prefix='# ')
 poll()
 wandb_run.finish()
 leave(0)

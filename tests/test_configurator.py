@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from configurator import nearby
+
 ROOT = Path(__file__).resolve().parents[1]
 ALIASES = {'lr': 'max_lr', 'use_average': 'ema'}
 SCRIPT = '''"""Trains nothing.
@@ -785,3 +787,13 @@ def test_guide_command(script, env, argv, monkeypatch):
     else:
         assert code is None and bool(config.given) == bool(argv)
         assert 'DISABLE_COMPILE' not in env or config['compile'] is False
+
+
+def test_what_is_near_a_missing_path(tmp_path):
+    """The last three by number, not those of another future or half deleted, nor the path itself, which can be there and be refused."""
+    for name in ('step_2', 'step_9', 'step_10', 'step_100', 'step_101.old', 'step_102.tmp'):
+        (tmp_path / 'a' / name).mkdir(parents=True)
+    told = nearby(str(tmp_path / 'a/step_7'))
+    assert told == '; there is ' + ', '.join(str(tmp_path / 'a' / name) for name in ('step_9', 'step_10', 'step_100'))
+    assert nearby(str(tmp_path / 'a/step_10')) == '; there is ' + ', '.join(str(tmp_path / 'a' / name) for name in ('step_2', 'step_9', 'step_100'))
+    assert nearby(str(tmp_path / 'b/c/d/x.pt')) == ''

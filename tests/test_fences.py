@@ -63,7 +63,7 @@ def test_a_drifted_copy_is_seen_and_repaired():
 
 
 if __name__ == '__main__':
-    chosen = sys.argv[2] if sys.argv[1:2] == ['--fix'] else SCRIPTS[0]
+    chosen, drifted = sys.argv[2] if sys.argv[1:2] == ['--fix'] else SCRIPTS[0], 0
     for name in SCRIPTS:
         path = ROOT / name
         differs = difference(name, chosen, path.read_text(), (ROOT / chosen).read_text())
@@ -71,3 +71,6 @@ if __name__ == '__main__':
         if differs and sys.argv[1:2] == ['--fix']:
             path.write_text(fixed(path.read_text(), (ROOT / chosen).read_text()))
             print(f'{name}: its blocks (=) are now those of {chosen} (the lines with - above)')
+        else:
+            drifted += differs != ''
+    sys.exit(f'{drifted} scripts differ from {chosen} in blocks (=)' if drifted else 0)

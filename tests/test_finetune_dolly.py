@@ -616,6 +616,7 @@ def test_num_epochs_beside_max_steps(tune):
     assert 'give one' in tune('--num_epochs=2').one_line()
     tune('--max_steps=2').ok()
     assert 'step 50/50 | val loss' in tune('--auto_resume', '--num_epochs=2', '--eval_answers=0', base=[]).ok().out
+    assert 'is at step 50, beyond max_steps 25' in tune('--auto_resume', '--num_epochs=1', base=[]).one_line()
 
 
 def test_no_alarm_before_there_is_something_to_compare_with(tune):

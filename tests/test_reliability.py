@@ -765,8 +765,25 @@ def test_the_best_checkpoint_alone_is_a_run(bench, after, best):
 
 
 @pytest.mark.fenced
+def test_a_folder_in_which_a_run_is_at_work_is_refused(bench):
+    """To a fresh start, before the first checkpoint, and to a resume; the run itself goes on as if nothing had been."""
+    slow = hook(bench, 'if kind == "training" and trained in (1, {0}): os.kill(os.getpid(), signal.SIGSTOP)'.format(5 * micro(bench, 0)))
+    run = start(bench, prelude=slow, eval_interval=-1)
+    for verb in ((), ('--auto_resume',)):
+        while open(f'/proc/{run.pids[0]}/stat').read().rpartition(')')[2].split()[0] != 'T':
+            time.sleep(0.01)
+        before = tree(bench.cwd / 'run')
+        told = go(bench, *verb, eval_interval=-1).one_line(2)
+        assert 'another process is training in it' in told or not verb and bench.case.script == 'finetune_dolly.py' and 'already holds a run' in told
+        assert tree(bench.cwd / 'run') == before
+        run.kill(signal.SIGCONT)
+    assert run.wait() == [0]
+    same(bench, straight(bench, eval_interval=-1))
+
+
+@pytest.mark.fenced
 def test_nothing_trained_is_no_run(bench):
-    go(bench, max_steps=0).ok()
+    assert re.search(r'done: .*no checkpoints in run', go(bench, max_steps=0).ok().out)
     assert whole(bench) == {}
     go(bench).ok()
     same(bench, straight(bench))
