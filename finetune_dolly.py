@@ -286,8 +286,8 @@ def load_training(checkpoint):
     if there['batches_per_epoch'] != batches_per_epoch:
         print0(f'another batch_size: continuing at micro-batch {position} of {batches_per_epoch} of epoch {there["epoch"]}: some rows may come twice or never')
     first_step, first_batch = checkpoint['step'], there['epoch'] * batches_per_epoch + position
-    left = math.ceil((num_epochs * batches_per_epoch - first_batch) / grad_accumulation_steps)
     if config['max_steps'] < 0:  # fewer epochs than it has had are refused
+        left = math.ceil((num_epochs * batches_per_epoch - first_batch) / grad_accumulation_steps)
         max_steps = first_step + (left if num_epochs < checkpoint['config']['num_epochs'] else max(0, left))
     check_table(checkpoint['before'], checkpoint['answers_before'])
 

@@ -269,7 +269,8 @@ def on_device(tensors):
     return dict(tensors, labels=tensors['labels'].to(torch.int32).masked_fill(tensors['labels'] == 0, IGNORE))
 
 arc = os.path.isfile(os.path.join(data_paths[0], 'test_puzzles.json')) if evaluators == ['auto'] else 'arc@ARC' in evaluators
-if any(everyone(arc)):  # one that lacks the file must say so
+arc = any(everyone(arc))  # a rank that lacks the file says so
+if arc:
     identifiers, tasks = on_all_ranks(read_arc, data_paths, test_data, hint=f'; --evaluators={evaluators} does not fit {data_paths}, "[]" does without')
     fail_if(differ(str((identifiers, tasks))), f'the ranks see different tasks: {data_paths} must be the same on all nodes')
 

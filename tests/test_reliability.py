@@ -767,11 +767,11 @@ def test_the_best_checkpoint_alone_is_a_run(bench, after, best):
 @pytest.mark.fenced
 def test_a_folder_in_which_a_run_is_at_work_is_refused(bench):
     """To a fresh start, before the first checkpoint, and to a resume; the run itself goes on as if nothing had been."""
-    slow = hook(bench, 'if kind == "training" and trained in (1, {0}): os.kill(os.getpid(), signal.SIGSTOP)'.format(5 * micro(bench, 0)))
-    run = start(bench, prelude=slow, eval_interval=-1)
-    for verb in ((), ('--auto_resume',)):
-        while open(f'/proc/{run.pids[0]}/stat').read().rpartition(')')[2].split()[0] != 'T':
-            time.sleep(0.01)
+    moments = 1, 5 * micro(bench, 0)
+    run = start(bench, eval_interval=-1, prelude=hook(
+        bench, f'if kind == "training" and trained in {moments}: print("STOPPED", trained, flush=True); os.kill(os.getpid(), signal.SIGSTOP)'))
+    for verb, moment in zip(((), ('--auto_resume',)), moments, strict=True):
+        run.wait_for(f'STOPPED {moment}\n')
         before = tree(bench.cwd / 'run')
         told = go(bench, *verb, eval_interval=-1).one_line(2)
         assert 'another process is training in it' in told or not verb and bench.case.script == 'finetune_dolly.py' and 'already holds a run' in told
