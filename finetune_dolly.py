@@ -26,6 +26,7 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import asdict
 from functools import lru_cache
 
 import numpy as np
@@ -34,9 +35,9 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from configurator import configure, fail, fail_if, master, nearby, print0
-from model import ACTIVATIONS, GPT, GPT_SIZES, PEAK_FLOPS, GPTConfig, before_after, begin_gpt, both_answers, bucketed, check_table, converse, encoding_for_all
-from model import export_files, fit_weights, forgetting_shards, git_commit, instruction_prompt, judged_answers, load_optimizer_state, make_optimizers
+from configurator_old import configure, fail, fail_if, master, nearby, print0
+from model import ACTIVATIONS, GPT, GPT_SIZES, PEAK_FLOPS, GPTConfig, answered, before_after, begin_gpt, both_answers, bucketed, check_table, converse
+from model import encoding_for_all, export_files, fit_weights, forgetting_shards, git_commit, instruction_prompt, judged_answers, load_optimizer_state, make_optimizers
 from model import norms_by_part, open_rows, optimizer_state, overfitting, padded_length, padded_rows, path_of_gpt, printable, read_gpt, shard_rows, shared_out
 from model import sum_alike, tokenizer_of, total_norm
 from model import NO_WANDB, agree, ahead, append, cannot_write, cpu_group, differ, everyone, find_device, first_readable, generator_states, on_all_ranks, on_cpu
@@ -266,7 +267,7 @@ optimizers = make_optimizers(raw_model, optimizer, peak_lr, weight_decay, (beta1
 
 def state_files(run):
     """{file name: content} of a checkpoint, '' for a single file. run: the part that all scripts share (see save)."""
-    return {'': dict(run, model=raw_model.state_dict(), optimizer=optimizer_state(raw_model, optimizers), scaler=scaler.state_dict(),
+    return {'': dict(run, model=raw_model.state_dict(), model_config=asdict(raw_model.config), optimizer=optimizer_state(raw_model, optimizers), scaler=scaler.state_dict(),
                      train_loader_state=loader_state(run['step']), tokenizer=tokenizer)}
 
 def load_weights(checkpoint):
@@ -440,8 +441,8 @@ def answers(prompts, seed, temperature, top_k=0, top_p=1.0):
     def work(turn, chosen):
         generator = torch.Generator(device).manual_seed((seed * 1000 + turn) % 2 ** 63)
         with autocast:
-            return raw_model.answer([prompts[i] for i in chosen], max_new_tokens, temperature, top_k, top_p, tokenizer['vocab_size'], tokenizer['eot'],
-                                    generator, stop=lambda: stop.number)
+            return answered(raw_model, [prompts[i] for i in chosen], max_new_tokens, temperature, top_k, top_p, tokenizer['vocab_size'], tokenizer['eot'],
+                            generator)
 
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     return shared_out([order[i:i + 16] for i in range(0, len(order), 16)], rank, world_size, poll, work)

@@ -1,7 +1,11 @@
-"""GPT-2 in plain PyTorch (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"), its tokenizers and token files.
+"""GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"): the model,
+its loss, sampling, optimizers, published weights in and out, tokenizer.
 
-Parameter names are those of the published checkpoints; weights of linear layers are (out, in), the transpose of the
-published Conv1D ones. The head is the token embedding (tied), so it has no entry of its own in the state dict.
+Parameters are named as in the published checkpoints. The weights of linear layers are (out, in),
+the transpose of the published Conv1D ones. The output head is the token embedding (tied), so it
+has no entry of its own in the state dict.
+
+Letters in shapes: B rows, T tokens, C width (n_embd), H heads, D = C / H, V ids.
 """
 import base64
 import fcntl
@@ -10,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import random
 import re
 import shutil
@@ -23,10 +28,10 @@ import zipfile
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from decimal import Decimal, localcontext
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -35,114 +40,83 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
+from safetensors.torch import load_file, save_file
 
-from configurator import fail, fail_if, master, nearby, print0
+from configurator_old import fail, fail_if, master, nearby, print0
 
-# The published shapes, and one for a laptop. `--model=<name>` picks one; each number can still be given by itself.
+# Dense bfloat16 FLOP/s that the makers state, by a part of the device's name.
+PEAK_FLOPS = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, '4090': 165e12,
+              '3090': 71e12, 'V100': 125e12, 'T4': 65e12}
+
+# The published shapes, and one for a laptop. `--model=<name>` picks one.
 GPT_SIZES = {
-    'tiny': dict(block_size=128, n_layer=4, n_head=4, n_embd=128),            # 0.8M with the byte vocabulary
-    'gpt2': dict(block_size=1024, n_layer=12, n_head=12, n_embd=768),         # 124M
+    'tiny': dict(block_size=128, n_layer=4, n_head=4, n_embd=128),             # 0.8M parameters
+    'gpt2': dict(block_size=1024, n_layer=12, n_head=12, n_embd=768),          # 124M
     'gpt2-medium': dict(block_size=1024, n_layer=24, n_head=16, n_embd=1024),  # 355M
-    'gpt2-large': dict(block_size=1024, n_layer=36, n_head=20, n_embd=1280),  # 774M
-    'gpt2-xl': dict(block_size=1024, n_layer=48, n_head=25, n_embd=1600),     # 1558M
+    'gpt2-large': dict(block_size=1024, n_layer=36, n_head=20, n_embd=1280),   # 774M
+    'gpt2-xl': dict(block_size=1024, n_layer=48, n_head=25, n_embd=1600),      # 1558M
 }
 
-# Dense bfloat16 FLOP/s that the makers state, by a part of the device's name: what the share in use (mfu) is measured by.
-PEAK_FLOPS = {'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, '4090': 165e12, '3090': 71e12,
-              'V100': 125e12, 'T4': 65e12}
-
-
-def find_device(device, local_rank=-1):
-    """The name of the device that this process computes on: cpu, mps or cuda:0 and so on. '' = the best there is; one of a kind that is not there
-    becomes the CPU, with a warning; under torchrun each rank takes the GPU of its local_rank."""
-    usable = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available() and local_rank < 0, 'cpu': True}  # gloo knows no mps
-    device = device or next(name for name in usable if usable[name])
-    kind = device.split(':')[0]
-    if kind not in usable:
-        fail(f'--device={device}: expected cpu, cuda, cuda:1 or mps')
-    if not usable[kind]:
-        print0(f'WARNING: --device={device}, but PyTorch sees none here: using the CPU')
-        return 'cpu'
-    if kind == 'cuda':
-        device = f'cuda:{local_rank}' if local_rank >= 0 else 'cuda:0' if device == 'cuda' else device
-        last = f'cuda:{int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1)) - 1}' if local_rank >= 0 else device  # if it lacks one, the first rank says so
-        if last not in [f'cuda:{i}' for i in range(torch.cuda.device_count())]:
-            fail(f'no device {last}: this machine has {torch.cuda.device_count()} GPU(s)')
-        torch.cuda.set_device(device)
-    return device
+# What a folder of data or a checkpoint says of its tokens; eot = end-of-text, between documents.
+TOKENIZERS = {
+    'gpt2': dict(tokenizer='gpt2', vocab_size=50257, eot=50256),
+    'bytes': dict(tokenizer='bytes', vocab_size=257, eot=256),
+}
 
 
 @dataclass
 class GPTConfig:
-    block_size: int = 1024   # longest sequence, in tokens
-    vocab_size: int = 50304  # 50257 rounded up to a multiple of 64: matrix products are faster, the extra ids never occur
+    block_size: int = 1024   # longest sequence, tokens
+    vocab_size: int = 50304  # GPT-2's 50257 ids, padded to a multiple of 64: faster products
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0     # probability, in training only
-    activation: str = 'gelu_new'  # GPT-2's, a tanh approximation; 'gelu' is the exact one (nanoGPT's checkpoints)
+    activation: str = 'gelu_new'  # GPT-2's, a tanh approximation; 'gelu' is exact (nanoGPT's)
+
+
+# ---- model -------------------------------------------------------------------------------------
+# By the names of transformers' config.json.
+ACTIVATIONS = {'gelu_new': partial(F.gelu, approximate='tanh'), 'gelu': F.gelu}
 
 
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.head_size, self.dropout = config.n_embd // config.n_head, config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key and value in one product
+        self.head_size = config.n_embd // config.n_head
+        self.dropout = config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key, value at once
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x, cache=None):
-        B, T, _ = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, -1, self.head_size).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, -1, self.head_size).permute(2, 0, 3, 1, 4)
         mask = None
-        if cache is not None:  # keys and values of the tokens before these
+        if cache is not None:
+            # keys and values (B, H, T, D) of the tokens before these
             if self in cache:
-                k, v = torch.cat((cache[self][0], k), 2), torch.cat((cache[self][1], v), 2)
-                mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)
+                k = torch.cat((cache[self][0], k), 2)
+                v = torch.cat((cache[self][1], v), 2)
+                mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device)
+                mask = mask.tril(k.size(2) - T)
             cache[self] = k, v
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=self.dropout if self.training else 0.0)
-        return F.dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, -1)), self.dropout, self.training)
-
-
-class GELU(torch.autograd.Function):
-    """GPT-2's GELU, x/2 (1 + tanh(u)) with u = sqrt(2/pi) (x + 0.044715 x^3), as x sigmoid(2u): for CPUs, whose tanh is slow.
-    A training step of the tiny model is 5% shorter with it than with F.gelu(approximate='tanh'), 9% if both are compiled."""
-
-    @staticmethod
-    def forward(ctx, x):
-        y, derivative, a = torch.empty_like(x), torch.empty_like(x), 2 * math.sqrt(2 / math.pi)
-        at_once = x.numel() if torch.compiler.is_compiling() else 2 ** 16  # so that what is between stays in the cache
-        for part, y_part, slope in zip(*(t.view(-1).split(at_once) for t in (x, y, derivative)), strict=True):
-            torch.mul(part, part, out=slope).mul_(a * 0.044715).add_(a)  # 2u = x slope
-            gate = (part * slope).sigmoid_()
-            torch.mul(part, gate, out=y_part)
-            slope.mul_(3).sub_(2 * a).mul_(y_part)  # x gate d2u/dx, and in what follows dy/dx = gate + x gate (1 - gate) d2u/dx
-            slope.addcmul_(slope, gate, value=-1).add_(gate)
-        ctx.save_for_backward(derivative)
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, upstream):
-        derivative, = ctx.saved_tensors
-        return derivative.mul_(upstream)  # a second backward fails: autograd sees that what it stored has changed
-
-
-def gelu_new(x):
-    return GELU.apply(x) if x.device.type == 'cpu' and x.dtype.itemsize >= 4 else F.gelu(x, approximate='tanh')
-
-
-ACTIVATIONS = {'gelu_new': gelu_new, 'gelu': F.gelu}  # by the names of transformers' config.json
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
+        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return F.dropout(y, self.dropout, self.training)
 
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.dropout, self.activation = config.dropout, ACTIVATIONS[config.activation]
+        self.dropout = config.dropout
+        self.activation = ACTIVATIONS[config.activation]
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
-        return F.dropout(self.c_proj(self.activation(self.c_fc(x))), self.dropout, self.training)
+        x = self.c_proj(self.activation(self.c_fc(x)))
+        return F.dropout(x, self.dropout, self.training)
 
 
 class Block(nn.Module):
@@ -155,65 +129,42 @@ class Block(nn.Module):
 
     def forward(self, x, cache=None):
         x = x + self.attn(self.ln_1(x), cache)
-        return x + self.mlp(self.ln_2(x))
-
-
-class TiedEmbedding(torch.autograd.Function):
-    """weight[idx] where the weight is the head's too. Its gradient is added to the one that HeadLoss, whose backward always comes first, left in `shared`:
-    a gradient of its own would be a second tensor as large as the weight, nearly all zeros, when the memory is fullest."""
-
-    @staticmethod
-    def forward(ctx, idx, weight, shared):
-        ctx.shared = shared
-        ctx.save_for_backward(idx)
-        return F.embedding(idx, weight)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, upstream):
-        idx, = ctx.saved_tensors
-        return None, ctx.shared.pop().index_add_(0, idx.flatten(), upstream.flatten(0, -2)), None
-
-
-LOGITS_AT_ONCE = 2 ** 23  # elements: 32 MB of float32. 32 times as many on a GPU: each slice reads and writes the whole gradient of the weight
+        x = x + self.mlp(self.ln_2(x))
+        return x
 
 
 class HeadLoss(torch.autograd.Function):
-    """Sum of the cross-entropies, in nats, of softmax(x @ weight.T) against targets; a target of -1 does not count.
+    """Sum of the cross-entropies, in nats, of softmax(x @ weight.T) against targets.
 
-    x (N, C), weight (V, C), targets (N,), factors (N,) of the terms or None, shared: see TiedEmbedding -> scalar. The logits (N, V) never
-    exist at once: a slice of rows at a time gives its loss and, in the same pass, its share of both gradients, because
-    d loss / d logits = softmax - onehot needs nothing from upstream but a factor. At V = 50304 the
-    logits of a micro-batch would be by far the largest tensor."""
+    x (N, C), weight (V, C), targets (N,) int64 with -1 where nothing is to be predicted, factors
+    (N,) of the terms or None -> scalar. At V = 50304 the logits (N, V) would be by far the
+    largest tensor of a step, so they never exist at once: a slice of rows gives its loss and,
+    since d loss / d logits = softmax - onehot, in the same pass its share of both gradients."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets, need_gradients, factors=None, shared=None):
+    def forward(ctx, x, weight, targets, need_gradients, factors=None):
+        device = x.device.type
         total = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
-        dx, dweight = (torch.empty_like(x), torch.zeros_like(weight)) if need_gradients else (None, None)
-        compute = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        x, weight = x.to(compute), weight.to(compute)
-        slices = min(len(x), -(-len(x) * len(weight) // (LOGITS_AT_ONCE * (1 if x.device.type == 'cpu' else 32))))
-        rows = min(len(x), -(-len(x) // slices // 16) * 16)  # of like size: a short last one would read all weights for little; 16: 1.06 times as fast on AVX2
-        buffer = None if torch.compiler.is_compiling() else x.new_empty(rows * len(weight))  # one for all slices: a new one each costs 5% of a step
-        factors = (targets >= 0).to(total.dtype) if factors is None else torch.where(targets >= 0, factors, 0).to(total.dtype)
-        V, fold = len(weight), math.gcd(len(weight), 64)
-        for x_part, dx_part, t, counts in zip(x.split(rows), (dx if need_gradients else x).split(rows), targets.split(rows), factors.split(rows), strict=True):
-            n = len(x_part)  # logits (V, n), not (n, V): the product with the long side in front is 1.3 times as fast on a CPU
-            product = weight @ x_part.t() if buffer is None else torch.mm(weight, x_part.t(), out=buffer[:V * n].view(V, n))
-            logits, t = product.to(total.dtype), t.clamp(min=0).unsqueeze(0)  # a sum over 50,000 exponentials wants float32
-            picked = logits.gather(0, t)
-            top = logits.view(V // fold, fold * n).amax(0).view(fold, n).amax(0)  # in two steps: short rows are slow to reduce
-            exponentials = logits.sub_(top).exp_()             # in place: the slice is the largest tensor there is
-            sums = exponentials.view(V // fold, fold * n).sum(0).view(fold, n).sum(0)
-            total = total + ((sums.log() + top - picked) * counts).sum()
+        factors = (targets >= 0).to(total.dtype) * (1 if factors is None else factors)
+        dx, dweight = torch.empty_like(x), torch.zeros_like(weight) if need_gradients else None
+        if torch.is_autocast_enabled(device):
+            x, weight = (t.to(torch.get_autocast_dtype(device)) for t in (x, weight))
+        # 2^23 logits are 32 MB; a GPU wants larger slices, each costs it a pass over the weights
+        at_once = 2 ** 23 if device == 'cpu' else 2 ** 28
+        slices = max(1, -(-len(x) * len(weight) // at_once))
+        for rows in torch.arange(len(x), device='cpu').tensor_split(slices):
+            i, j = int(rows[0]), int(rows[-1]) + 1
+            target, factor = targets[i:j].clamp(min=0).unsqueeze(1), factors[i:j].unsqueeze(1)
+            logits = (x[i:j] @ weight.t()).to(total.dtype)
+            log_sums = logits.logsumexp(1, keepdim=True)
+            total = total + ((log_sums - logits.gather(1, target)) * factor).sum()
             if need_gradients:
-                dlogits = exponentials.mul_(counts / sums).scatter_add_(0, t, -counts.unsqueeze(0)).to(compute)
-                dx_part.copy_(torch.mm(dlogits.t(), weight))
-                if compute == dweight.dtype:
-                    dweight.addmm_(dlogits, x_part)
-                else:
-                    dweight += torch.mm(dlogits, x_part)
-        ctx.gradients, ctx.shared = (dx, dweight), shared
+                # in place: the slice is the largest tensor there is
+                dlogits = logits.sub_(log_sums).exp_().mul_(factor)
+                dlogits = dlogits.scatter_add_(1, target, -factor).to(x.dtype)
+                dx[i:j] = dlogits @ weight
+                dweight += dlogits.t() @ x[i:j]
+        ctx.gradients = dx, dweight
         return total
 
     @staticmethod
@@ -221,20 +172,22 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx, upstream):
         dx, dweight = ctx.gradients
         ctx.gradients = None  # scaled in place: a second backward must fail, not count twice
-        dweight.mul_(upstream)
-        if ctx.shared is not None:
-            ctx.shared.append(dweight)
-            dweight = None
-        return dx.mul_(upstream), dweight, None, None, None, None
+        return dx.mul_(upstream), dweight.mul_(upstream), None, None, None
 
 
 class GPT(nn.Module):
-    """forward(idx (B, T) int64) -> logits (B, T, V); with targets (B, T) -> their loss in nats (see forward)."""
+    """forward(idx (B, T) int64) -> logits (B, T, V); with targets the loss in nats."""
 
     def __init__(self, config):
         super().__init__()
-        assert config.n_embd % config.n_head == 0, f'n_embd {config.n_embd} is not a multiple of n_head {config.n_head}'
-        self.config, self.compiled_hidden = config, None
+        if config.n_embd % config.n_head:
+            raise ValueError(f'n_embd {config.n_embd} is no multiple of n_head {config.n_head}')
+        if config.activation not in ACTIVATIONS:
+            known = ', '.join(ACTIVATIONS)
+            raise ValueError(f'activation {config.activation!r} must be one of {known}')
+        self.config = config
+        self.tokenizer = None  # an entry of TOKENIZERS, where weights were loaded that name it
+        self.compiled_hidden = None
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
@@ -242,118 +195,129 @@ class GPT(nn.Module):
             ln_f=nn.LayerNorm(config.n_embd, eps=1e-5),
         ))
         for name, parameter in self.named_parameters():
-            if name.endswith('c_proj.weight'):  # 2 n_layer of these add up in the residual stream
+            if name.endswith('c_proj.weight'):
+                # 2 n_layer of these add up in the residual stream
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
             elif parameter.dim() == 2:
                 nn.init.normal_(parameter, std=0.02)
             elif name.endswith('bias'):
                 nn.init.zeros_(parameter)
 
-    def hidden(self, idx, cache=None, shared=None):
-        """Final hidden states (B, T, C). cache: a dict that keeps keys and values between calls, {} at first. shared: see TiedEmbedding."""
+    def hidden(self, idx, cache=None):
+        """Final hidden states (B, T, C). cache: a dict, {} at first, that keeps the keys and
+        values of earlier tokens between calls."""
         past = next(iter(cache.values()))[0].size(2) if cache else 0
-        T = idx.size(1)
-        assert past + T <= self.config.block_size, f'{past + T} tokens, but block_size is {self.config.block_size}'
-        x = self.transformer.wte(idx) if shared is None else TiedEmbedding.apply(idx, self.transformer.wte.weight, shared)
-        x = x + self.transformer.wpe.weight[past:past + T]
+        end = past + idx.size(1)
+        assert end <= self.config.block_size, f'{end} tokens, over {self.config.block_size}'
+        x = self.transformer.wte(idx) + self.transformer.wpe.weight[past:end]
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.transformer.h:
             x = block(x, cache)
         return self.transformer.ln_f(x)
 
     def forward(self, idx, targets=None, reduction='mean', places=None, factors=None):
-        """Without targets the logits (B, T, V). With targets (B, T), -1 where nothing is to be predicted, the loss in nats:
-        its mean or sum over the targets that count. Where few do, places (n,) are theirs in idx.flatten(): targets is (n,)
-        then, and no other position meets the head. factors: one for each target's term of the sum."""
-        shared = None if targets is None or self.compiled_hidden or torch.compiler.is_compiling() else []
-        x = (self.compiled_hidden or self.hidden)(idx, shared=shared)
+        """Without targets the logits (B, T, V). With targets (B, T), -1 where nothing is to be
+        predicted, the loss in nats: its mean or sum over the targets that count.
+
+        Where few positions count, places (n,) are theirs in idx.flatten() and targets is (n,):
+        no other position meets the head. factors: one for each target's term of the sum."""
+        x = (self.compiled_hidden or self.hidden)(idx)
         weight = self.transformer.wte.weight
         if targets is None:
             return F.linear(x, weight)
         x, targets = x.reshape(-1, x.size(-1)), targets.reshape(-1)
-        loss = HeadLoss.apply(x if places is None else x[places], weight, targets, torch.is_grad_enabled(), factors, shared)
+        if places is not None:
+            x = x[places]
+        loss = HeadLoss.apply(x, weight, targets, torch.is_grad_enabled(), factors)
         return loss / (targets >= 0).sum() if reduction == 'mean' else loss
 
     def compile(self, *args, **kwargs):
-        """As nn.Module.compile, but on a CPU without the head: its products gain nothing there, and a graph of all slices keeps them all in memory."""
+        """As nn.Module.compile, in place. On a CPU without the head: its products gain nothing,
+        and a graph of all slices would keep them all in memory."""
         if self.transformer.wte.weight.device.type == 'cpu':
             self.compiled_hidden = torch.compile(self.hidden, *args, **kwargs)
         else:
             super().compile(*args, **kwargs)
 
     def flops_per_token(self, T):
-        """Training FLOPs per token: 6 N + 12 L H Q T (PaLM, arXiv 2204.02311, appendix B; N without the position table)."""
+        """Training FLOPs per token: 6 N + 12 L C T (PaLM, arXiv 2204.02311, appendix B), N
+        without the position table."""
         n = sum(p.numel() for p in self.parameters()) - self.transformer.wpe.weight.numel()
         return 6 * n + 12 * self.config.n_layer * self.config.n_embd * T
 
-    @classmethod
-    def from_pretrained(cls, source, **changes):
-        """The model of a name such as 'gpt2' (see find_gpt) or of any path that read_gpt reads; changes: dropout, say."""
-        found = read_gpt(find_gpt(source))
-        config = {**found['config'], **changes}
-        if 'n_head' not in config:
-            raise ValueError(f'{source} does not tell the number of heads: give n_head')
-        model = cls(GPTConfig(**config))
-        model.load_state_dict(found['model'])
-        return model
+    def mfu(self, tokens_per_second, T, device):
+        """Share of the FLOP/s that a GPU's maker states, as text; '-' if that is not known."""
+        name = torch.cuda.get_device_name(device) if 'cuda' in str(device) else ''
+        for known, flops in PEAK_FLOPS.items():
+            if known in name:
+                return f'{100 * tokens_per_second * self.flops_per_token(T) / flops:.1f}%'
+        return '-'
+
+    def make_optimizers(self, name, lr, weight_decay, betas):
+        """[AdamW], or for name = 'muon' [AdamW, Muon]: Muon has the matrices of the blocks.
+
+        Weight decay is for matrices and embeddings, not for biases and norms."""
+        matrices = {p for p in self.transformer.h.parameters() if p.dim() == 2}
+        muon = matrices if name == 'muon' else set()
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        adamw = [p for p in parameters if p not in muon]
+        groups = [
+            dict(params=[p for p in adamw if p.dim() >= 2], weight_decay=weight_decay),
+            dict(params=[p for p in adamw if p.dim() < 2], weight_decay=0.0),
+        ]
+        # one kernel for all parameters, where there is one: on GPUs and CPUs, not for DTensors
+        plain = all(type(p) is nn.Parameter for p in parameters)
+        fused = plain and parameters[0].device.type in ('cuda', 'cpu')
+        optimizers = [torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-8, fused=fused)]
+        if muon:
+            optimizers.append(Muon([p for p in parameters if p in muon], lr, weight_decay))
+        return optimizers
 
     @torch.no_grad()
-    def ending_losses(self, rows):
-        """rows: [(ids, n)] -> (len(rows),) float32, the sum of -log p of the last n ids of each, in nats. What does not fit
-        into block_size is cut off in front."""
-        rows = [(ids[-self.config.block_size - 1:], min(n, self.config.block_size, len(ids) - 1)) for ids, n in rows]
-        device, longest = self.transformer.wte.weight.device, max(len(ids) for ids, _ in rows)
-        tokens = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in rows], device=device)  # (B, T + 1), padded on the right
-        place = torch.arange(1, longest, device=device)
-        end, n = torch.tensor([(len(ids), n) for ids, n in rows], device=device).t().unsqueeze(2)  # each (B, 1)
-        counts = (place < end) & (place >= end - n)  # (B, T)
-        x, targets = self.hidden(tokens[:, :-1])[counts], tokens[:, 1:][counts]  # only these positions need logits
-        weight = self.transformer.wte.weight
-        at_once = max(1, LOGITS_AT_ONCE // len(weight))
-        parts = zip(x.split(at_once), targets.split(at_once), strict=True)
-        losses = torch.cat([F.cross_entropy(F.linear(x_part, weight).float(), t, reduction='none') for x_part, t in parts])
-        return torch.zeros(len(rows), device=device).index_add_(0, counts.nonzero()[:, 0], losses)
+    def resize(self, block_size, vocab_size):
+        """Cut the position table to a shorter block_size, cut or pad the vocabulary to vocab_size.
+
+        New ids get the mean of all embeddings: with zeros they would be the likeliest ids, since
+        GPT-2's logits are all far below zero. ValueError if block_size is longer."""
+        if block_size > self.config.block_size:
+            raise ValueError(f'block_size {block_size} is over its {self.config.block_size}')
+        wte, wpe = self.transformer.wte.weight, self.transformer.wpe.weight
+        new = max(0, vocab_size - len(wte))
+        wte = torch.cat((wte, wte.mean(0, keepdim=True).expand(new, -1)))[:vocab_size]
+        self.transformer.wte = nn.Embedding.from_pretrained(wte.clone(), freeze=False)
+        self.transformer.wpe = nn.Embedding.from_pretrained(wpe[:block_size].clone(), freeze=False)
+        self.config = replace(self.config, block_size=block_size, vocab_size=vocab_size)
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, n_vocab=0, eot=-1, generator=None, lengths=None,
-                 stop=lambda: False):
-        """Continue idx (B, T) by up to max_new_tokens ids, each step from the last position alone with a key-value cache.
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, n_vocab=0, eot=-1,
+                 generator=None, lengths=None):
+        """Continue idx (B, T) by up to max_new_tokens ids, with a cache of keys and values.
 
-        lengths (B,): of prompts that were padded on the right; row b then continues at lengths[b], over its padding, and goes
-        on with anything once it has its max_new_tokens, until all have theirs. stop(): asked before each token, True ends it early.
-
-        temperature 0 = the likeliest id. top_k 0, top_p 1 = off. Ids >= n_vocab (0 = all allowed) are never drawn: the
-        padding of the vocabulary has no text. Rows that drew `eot` go on with eot; stops when all did. At block_size the
-        older half of the context is forgotten: learned positions cannot slide. Leaves the training mode as it was."""
+        temperature 0 = the likeliest id. top_k 0, top_p 1 = off. Ids >= n_vocab (0 = all may be
+        drawn) are the padding of the vocabulary, they have no text. Rows that drew eot go on
+        with eot; it stops when all did. lengths (B,): of prompts that were padded on the right;
+        row b continues at lengths[b], over its padding, and with anything once it has its
+        max_new_tokens. At block_size the older half of the context is forgotten: learned
+        positions cannot slide. Leaves the training mode as it was."""
         mode, block_size = self.training, self.config.block_size
         self.eval()
-        prompts, lengths = idx, torch.full((len(idx),), idx.size(1)) if lengths is None else lengths
-        idx, limit, lengths = idx[:, :int(lengths.min())], int(lengths.max()) + max_new_tokens, lengths.to(idx.device).unsqueeze(1)
+        if lengths is None:
+            lengths = torch.full((len(idx),), idx.size(1))
+        prompts, first, end = idx, int(lengths.min()), int(lengths.max()) + max_new_tokens
+        lengths = lengths.to(idx.device).unsqueeze(1)
+        idx = idx[:, :first]
         cache, feed = {}, idx[:, -block_size:]
-        ended = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
-        for place in range(idx.size(1), limit):
-            if stop():
-                break
+        ended = torch.zeros(len(idx), 1, dtype=torch.bool, device=idx.device)
+        for place in range(first, end):
             if cache and next(iter(cache.values()))[0].size(2) == block_size:
                 cache, feed = {}, idx[:, -max(1, block_size // 2):]
-            logits = F.linear(self.hidden(feed, cache)[:, -1], self.transformer.wte.weight).float()  # (B, V)
+            last = self.hidden(feed, cache)[:, -1]
+            logits = F.linear(last, self.transformer.wte.weight).float()  # (B, V)
             logits[:, n_vocab or logits.size(1):] = -math.inf
-            if temperature == 0:
-                feed = logits.argmax(1, keepdim=True)
-            else:
-                logits = (logits - logits.amax(1, keepdim=True)) / temperature  # a tiny temperature must not overflow
-                if top_k:
-                    logits[logits < logits.topk(min(top_k, logits.size(1)))[0][:, -1:]] = -math.inf
-                if top_p < 1:
-                    values, order = logits.sort(descending=True)
-                    probabilities = values.softmax(1)
-                    before = probabilities.cpu().cumsum(1).to(idx.device) - probabilities  # on a GPU it is not deterministic
-                    outside = before >= top_p
-                    outside[:, 0] = False  # the likeliest id always stays
-                    logits[outside.scatter(1, order, outside)] = -math.inf
-                feed = torch.multinomial(logits.softmax(1), 1, generator=generator)  # (B, 1)
+            feed = pick(logits, temperature, top_k, top_p, generator)
             feed = torch.where(ended, eot, feed)
-            if place < prompts.size(1):  # some prompts go on
+            if place < prompts.size(1):
+                # some prompts go on
                 feed = torch.where(place < lengths, prompts[:, place:place + 1], feed)
             idx = torch.cat((idx, feed), 1)
             ended |= (feed == eot) & (place >= lengths)
@@ -362,429 +326,301 @@ class GPT(nn.Module):
         self.train(mode)
         return idx
 
+    @classmethod
+    def from_pretrained(cls, source, **changes):
+        """The model that `source` names, with its own shape; changes: dropout, say.
 
-    def answer(self, prompts, max_new_tokens, temperature, top_k, top_p, n_vocab, eot, generator, stop=lambda: False):
-        """[(ids before end-of-text, did it come?)] for prompts given as lists of ids, all in one batch (see generate)."""
-        lengths, device = torch.tensor([len(prompt) for prompt in prompts]), self.transformer.wte.weight.device
-        idx = torch.tensor([prompt + [eot] * (int(lengths.max()) - len(prompt)) for prompt in prompts], device=device)
-        rows = self.generate(idx, max_new_tokens, temperature, top_k, top_p, n_vocab, eot, generator, lengths, stop).tolist()
-        rows = [row[len(prompt):len(prompt) + max_new_tokens] for prompt, row in zip(prompts, rows, strict=True)]
-        return [(row[:row.index(eot)], True) if eot in row else (row, False) for row in rows]
+        source: gpt2, gpt2-medium, gpt2-large, gpt2-xl or owner/name of the Hugging Face hub; a
+        folder or .safetensors file of the transformers library; a checkpoint of this repository
+        or of nanoGPT; a bare state dict in a .pt file, if its size is a published one. OSError:
+        it is not there. ValueError: what it is, if it is not this model."""
+        hub = f'openai-community/{source}' if source in GPT_SIZES and source != 'tiny' else source
+        path = find_model(source, hub, 'gpt2, gpt2-medium, gpt2-large, gpt2-xl, owner/name')
+        if os.path.isdir(path) or path.endswith('.safetensors'):
+            weights, shape, tokenizer = read_transformers_gpt2(path)
+        else:
+            weights, shape, tokenizer = read_gpt_checkpoint(path)
+        unknown = shape.keys() - {field.name for field in fields(GPTConfig)}
+        if unknown:
+            raise ValueError(f'{path} has {", ".join(sorted(unknown))}, which GPTConfig has not')
+        try:
+            model = cls(GPTConfig(**{**shape, **changes}))
+            model.load_state_dict(weights)
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise ValueError(f'{path} is another model: {one_line(error)}') from error
+        model.tokenizer = tokenizer
+        return model
+
+    def save_pretrained(self, folder, tokenizer):
+        """Write a new folder that transformers' GPT2LMHeadModel.from_pretrained loads.
+
+        tokenizer: an entry of TOKENIZERS. The padding of the vocabulary is left out; GPT-2's own
+        tokenizer files are put in, so that lm-eval needs nothing else. ValueError if GPT-2 in
+        transformers cannot be this model."""
+        names = dict(block_size='n_positions', vocab_size='vocab_size', n_layer='n_layer',
+                     n_head='n_head', n_embd='n_embd', activation='activation_function')
+        config = asdict(self.config)
+        dropout, n_vocab, eot = config.pop('dropout'), tokenizer['vocab_size'], tokenizer['eot']
+        weights = {name: tensor.cpu() for name, tensor in self.state_dict().items()}
+        kinds = {re.sub(r'\.\d+\.', '.*.', name) for name in weights}
+        strange = sorted((config.keys() - names.keys()) | (kinds ^ PUBLISHED))
+        if strange:
+            raise ValueError(f"transformers' GPT-2 differs from this model in {', '.join(strange)}")
+        for name in weights:
+            if name.endswith(CONV1D):
+                weights[name] = weights[name].t().contiguous()
+        wte = 'transformer.wte.weight'
+        weights[wte] = weights[wte][:n_vocab].contiguous()
+        config = {names[name]: value for name, value in config.items()}
+        config.update(architectures=['GPT2LMHeadModel'], model_type='gpt2', vocab_size=n_vocab,
+                      attn_pdrop=dropout, embd_pdrop=dropout, resid_pdrop=dropout,
+                      bos_token_id=eot, eos_token_id=eot, dtype='float32', **FIXED)
+        files = {'config.json': json.dumps(config, indent=1).encode()}
+        if tokenizer['tokenizer'] == 'gpt2':
+            files.update(gpt2_tokenizer_files(self.config.block_size))
+        # under another name until it is whole
+        os.makedirs(folder + '.tmp', exist_ok=True)
+        save_file(weights, os.path.join(folder + '.tmp', 'model.safetensors'), {'format': 'pt'})
+        for name, content in files.items():
+            with open(os.path.join(folder + '.tmp', name), 'wb') as file:
+                file.write(content)
+        os.replace(folder + '.tmp', folder)
 
 
-CONV1D = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')  # (in, out) in published files
+def pick(logits, temperature, top_k, top_p, generator):
+    """One id (B, 1) for each row of logits (B, V), which are overwritten; see GPT.generate."""
+    if temperature == 0:
+        return logits.argmax(1, keepdim=True)
+    # the largest becomes 0: a tiny temperature must not overflow
+    logits = (logits - logits.amax(1, keepdim=True)) / temperature
+    if top_k:
+        least = logits.topk(min(top_k, logits.size(1)))[0][:, -1:]
+        logits[logits < least] = -math.inf
+    if top_p < 1:
+        values, order = logits.sort(descending=True)
+        p = values.softmax(1)
+        # on the CPU: a GPU's cumsum is not deterministic
+        outside = p.cpu().cumsum(1).to(p.device) - p >= top_p
+        outside[:, 0] = False  # the likeliest id always stays
+        logits[outside.scatter(1, order, outside)] = -math.inf
+    return torch.multinomial(logits.softmax(1), 1, generator=generator)
 
 
-def find_gpt(source):
-    """find_model, for which 'gpt2', 'gpt2-medium', 'gpt2-large' and 'gpt2-xl' are names too."""
-    repository = f'openai-community/{source}' if source in GPT_SIZES and source != 'tiny' else source
-    return find_model(source, repository, 'gpt2, gpt2-medium, gpt2-large, gpt2-xl, owner/name')
+# ---- optimizer ---------------------------------------------------------------------------------
+class Muon(torch.optim.Optimizer):
+    """Momentum, then the nearest orthogonal matrix instead of the gradient's own size and shape.
+
+    Jordan et al. 2024, kellerjordan.github.io/posts/muon. Updates are scaled to the size of
+    AdamW's (Liu et al. 2025, arXiv 2502.16982), so that both take one learning rate. Parameters
+    are matrices; those of one shape are stacked and done together."""
+
+    def __init__(self, params, lr, weight_decay, momentum=0.95):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            lr, momentum, by_shape = group['lr'], group['momentum'], {}
+            for p in group['params']:
+                if p.grad is not None:
+                    by_shape.setdefault(p.shape, []).append(p)
+            for shape, params in by_shape.items():
+                gradients = torch.stack([p.grad for p in params])
+                for p, gradient in zip(params, gradients, strict=True):
+                    state = self.state[p]
+                    if not state:
+                        state['momentum_buffer'] = torch.zeros_like(p)
+                    state['momentum_buffer'].lerp_(gradient, 1 - momentum)
+                    gradient.lerp_(state['momentum_buffer'], momentum)  # Nesterov's
+                updates = orthogonal(gradients)
+                for p, update in zip(params, updates, strict=True):
+                    p.mul_(1 - lr * group['weight_decay'])
+                    p.add_(update, alpha=-lr * 0.2 * math.sqrt(max(shape)))
 
 
-def path_of_gpt(setting, source):
-    """find_gpt of what a setting names; ends the script if it is not there."""
+def orthogonal(x):
+    """U V^T, roughly, of each matrix x = U S V^T in x (n, rows, columns): five Newton-Schulz steps
+    with the coefficients of the Muon post, which bring singular values to between 0.7 and 1.2."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    dtype, tall = x.dtype, x.size(1) > x.size(2)
+    x = x.mT if tall else x
+    # a CPU emulates bfloat16, a GPU is fast in it
+    x = x.float() if x.device.type == 'cpu' else x.bfloat16()
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return (x.mT if tall else x).to(dtype)
+
+
+# ---- weights in and out ------------------------------------------------------------------------
+# What transformers' GPT-2 can also be, and this model cannot.
+FIXED = dict(layer_norm_epsilon=1e-5, scale_attn_weights=True, n_inner=None,
+             scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True)
+# The weights of a published file, and those of them that are (in, out) there.
+CONV1D = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')
+PUBLISHED = {f'transformer.{part}.{kind}' for kind in ('weight', 'bias') for part in (
+    'wte', 'wpe', 'h.*.ln_1', 'h.*.attn.c_attn', 'h.*.attn.c_proj', 'h.*.ln_2', 'h.*.mlp.c_fc',
+    'h.*.mlp.c_proj', 'ln_f')} - {'transformer.wte.bias', 'transformer.wpe.bias'}
+
+
+def one_line(error):
+    """The error's own words without terminal codes and line breaks, at most 200 characters."""
+    text = re.sub(r'\x1b\[[0-9;]*m', '', f'{type(error).__name__}: {error}')
+    return ' '.join(text.split())[:200]
+
+
+def read_checkpoint(path):
+    """The dict in a .pt file of torch.save, tensors on the CPU. Nothing in the file is executed.
+
+    FileNotFoundError, or ValueError: in one line what the file is and what can be read."""
+    can = 'tensors and plain values in a dict, as torch.save writes them since torch 1.6'
     try:
-        return find_gpt(source)
-    except OSError as error:
-        fail(f'--{setting}={error}{nearby(source)}')
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()  # torch.load itself overlooks a flipped bit
+        if broken:
+            raise ValueError(f'{broken} in it is damaged')
+        found = torch.load(path, map_location='cpu', weights_only=True)
+        if not isinstance(found, dict):
+            raise ValueError(f'it holds a {type(found).__name__}, no dict')
+        return found
+    except OSError:
+        raise
+    except zipfile.BadZipFile as error:
+        raise ValueError(f'{path} is cut short or of another format; readable: {can}') from error
+    except pickle.UnpicklingError as error:
+        kind = re.search(r'GLOBAL (\S+)', str(error))
+        kind = f'an object, {kind[1]}' if kind else 'an object'
+        raise ValueError(f'{path} holds {kind}, and reading it would run code; readable: {can}'
+                         ) from error
+    except Exception as error:  # a damaged file can provoke any of them
+        raise ValueError(f'{path} cannot be read: {one_line(error)}') from error
+
+
+def read_gpt_checkpoint(path):
+    """(weights, shape, tokenizer or None) of a .pt file: a checkpoint of this repository or of
+    nanoGPT, or a bare state dict."""
+    found = read_checkpoint(path)
+    weights = clean_names(found.get('model', found), path)
+    shape, tokenizer = found.get('model_config'), found.get('tokenizer')
+    if shape is None and 'model_args' in found:
+        # nanoGPT's; its activation is the exact GELU
+        shape = dict(found['model_args'], activation='gelu')
+        if not shape.pop('bias', True):
+            # it has no biases, here they are zeros
+            for name in [name for name in weights if name.endswith('.weight')]:
+                if 'wte' not in name and 'wpe' not in name:
+                    weights[name[:-6] + 'bias'] = torch.zeros(len(weights[name]))
+    if shape is None:
+        # a bare state dict does not tell the number of heads: only a published size is known
+        blocks = {name.split('.')[2] for name in weights if name.startswith('transformer.h.')}
+        vocab_size, n_embd = weights['transformer.wte.weight'].shape
+        sizes = [size for size in GPT_SIZES.values()
+                 if (size['n_layer'], size['n_embd']) == (len(blocks), n_embd)]
+        if not sizes:
+            raise ValueError(f'{path} does not tell its shape: store it beside the weights, as '
+                             "{'model': weights, 'model_config': {'n_head': ...}}")
+        block_size = len(weights['transformer.wpe.weight'])
+        shape = dict(sizes[0], vocab_size=vocab_size, block_size=block_size)
+    if tokenizer not in TOKENIZERS.values():
+        tokenizer = tokenizer_of_size(shape['vocab_size'])
+    return weights, shape, tokenizer
+
+
+def read_transformers_gpt2(path):
+    """(weights, shape, tokenizer or None) of a folder or .safetensors file of transformers."""
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    with open(os.path.join(folder, 'config.json'), encoding='utf-8') as file:
+        config = json.load(file)
+    for name, value in dict(FIXED, model_type='gpt2', add_cross_attention=False).items():
+        if config.get(name, value) not in (value, 4 * config['n_embd']):
+            raise ValueError(f'{folder}/config.json says {name} {config[name]!r}, not {value!r}')
+    activation = config.get('activation_function', 'gelu_new')
+    shape = dict(block_size=config['n_positions'], vocab_size=config['vocab_size'],
+                 n_layer=config['n_layer'], n_head=config['n_head'], n_embd=config['n_embd'],
+                 activation={'gelu_pytorch_tanh': 'gelu_new'}.get(activation, activation))
+    file = path if path.endswith('.safetensors') else os.path.join(folder, 'model.safetensors')
+    weights = clean_names(load_file(file), path)
+    for name in weights:
+        if name.endswith(CONV1D):
+            weights[name] = weights[name].t().contiguous()
+    return weights, shape, tokenizer_of_size(shape['vocab_size'])
+
+
+def clean_names(weights, path):
+    """The state dict under this model's names: without what torch.compile and DDP put in front,
+    the causal masks of old files, and the head, which is wte."""
+    ours = {}
+    for name, tensor in weights.items():
+        name = re.sub(r'^(_orig_mod\.|module\.)+', '', str(name))
+        if not torch.is_tensor(tensor):
+            raise ValueError(f'{path} holds no weights: its {name} is a {type(tensor).__name__}')
+        if not name.startswith(('transformer.', 'lm_head.')):
+            name = f'transformer.{name}'
+        if not name.endswith(('.attn.bias', '.attn.masked_bias')):
+            ours[name] = tensor.float()
+    if not {'transformer.wte.weight', 'transformer.wpe.weight'} <= ours.keys():
+        raise ValueError(f'{path} holds no GPT-2 weights but {sorted(ours)[:3]}')
+    head = ours.pop('lm_head.weight', ours['transformer.wte.weight'])
+    if not torch.equal(head, ours['transformer.wte.weight']):
+        raise ValueError(f'{path}: its lm_head.weight differs from wte.weight, here they are one')
+    return ours
 
 
 def find_model(source, repository='', names='owner/name'):
-    """Path of the weights that `source` names: a file or folder as it is; any 'owner/name' of the Hugging Face hub is taken from its local
-    cache, else downloaded. OSError says what failed."""
+    """Path of the weights that `source` names: a file or folder as it is; owner/name of the
+    Hugging Face hub (or `repository`) is downloaded into its cache. OSError says what failed."""
     if os.path.exists(source):
         return source
-    repository = repository or source
-    owner, _, name = repository.partition('/')
     if source.endswith('data/tiny_qwen'):
         raise OSError(f'{source} does not exist: python prepare/tiny_qwen.py makes it')
-    if not name or '/' in name or name.endswith(('.pt', '.bin', '.safetensors', '.json')) or owner[:1] in '.~' or os.path.isdir(owner):
+    repository = repository or source
+    is_file = source.endswith(('.pt', '.bin', '.safetensors', '.json'))
+    if is_file or not re.fullmatch(r'\w[\w.-]*/[\w.-]+', repository):
         raise OSError(f'{source} does not exist and is no model of the hub ({names})')
     try:
         from huggingface_hub import snapshot_download
+        wanted = ['config.json', 'model*.safetensors*', 'tokenizer.json']
+        return snapshot_download(repository, allow_patterns=wanted)
     except ImportError:
-        raise OSError(f"{source}: to download it pip install -e '.[data]', or name a folder that holds its config.json and model.safetensors") from None
-    try:
-        patterns = dict(allow_patterns=['config.json', 'model*.safetensors', 'model.safetensors.index.json', 'tokenizer.json'])
-        try:
-            folder = snapshot_download(repository, local_files_only=True, **patterns)
-            if {'model.safetensors', 'model.safetensors.index.json'} & set(os.listdir(folder)):  # else only its tokenizer, say, was wanted before
-                return folder
-        except OSError:
-            pass  # it is not in the cache
-        return snapshot_download(repository, **patterns)
+        raise OSError(f"{source}: to download it pip install -e '.[data]', or name a folder that "
+                      'holds its config.json and model.safetensors') from None
     except Exception as error:  # the hub's own errors, the network's, a bad name
-        raise OSError(f'{source} was not downloaded from the hub ({type(error).__name__}: {" ".join(str(error).split())[:200]}); '
-                      'a folder that holds its config.json and model.safetensors works too') from error
+        raise OSError(f'{source} was not downloaded from the hub ({one_line(error)}); a folder '
+                      'that holds its config.json and model.safetensors works too') from error
 
 
-def read_safetensors(path):
-    """{name: tensor} of a .safetensors file, or of a folder with model.safetensors, in one file or in several."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-    files = [path]
-    if os.path.isdir(path):
-        index = os.path.join(path, 'model.safetensors.index.json')
-        names = ['model.safetensors']
-        if os.path.exists(index):
-            try:
-                names = sorted({os.path.basename(name) for name in read_whole(index)['weight_map'].values()})  # an index cannot lead out of its folder
-            except (KeyError, TypeError, AttributeError) as error:
-                raise ValueError('its model.safetensors.index.json holds no weight_map') from error
-        files = [os.path.join(path, name) for name in names]
-    try:
-        return {name: tensor for file in files for name, tensor in load_file(file).items()}
-    except SafetensorError as error:
-        raise ValueError(f'{error}') from error
-
-
-def read_gpt(path, whole=False):
-    """GPT-2 weights as {'model': state dict of GPT, 'config': its shape in GPTConfig's names}, from a checkpoint of this repository
-    (with its 'tokenizer' and 'data_root'; if `whole`, all of it as it is), a folder or .safetensors of the transformers
-    library, nanoGPT's ckpt.pt, or a bare state dict, which tells n_head only if its size is a published one; with or without the
-    prefixes of torch.compile and DDP. ValueError if it is none of these or does not fit together."""
-    try:
-        return _read_gpt(path, whole)
-    except (AttributeError, TypeError, RuntimeError, IndexError, KeyError, OverflowError) as error:  # what hostile entries provoke
-        raise ValueError(f'{type(error).__name__}: {" ".join(str(error).split())[:200]}') from error
-
-
-def _read_gpt(path, whole):
-    config, stored = {}, {}
-    if os.path.isdir(path) or path.endswith('.safetensors'):
-        try:
-            config = read_whole(os.path.join(path if os.path.isdir(path) else os.path.dirname(path), 'config.json'))
-            weights = read_safetensors(path)
-        except FileNotFoundError as error:
-            raise ValueError(f'it lacks {os.path.basename(error.filename or str(error))}') from error
-        if not isinstance(config, dict):
-            raise ValueError('its config.json holds no settings')
-        fixed = dict(model_type='gpt2', layer_norm_epsilon=1e-5, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
-                     add_cross_attention=False, tie_word_embeddings=True)
-        for name, value in fixed.items():
-            if config.get(name, value) != value:
-                raise ValueError(f'config.json says {name} {config[name]!r}, this model has {value!r}')
-        config['activation'] = {'gelu_pytorch_tanh': 'gelu_new'}.get(name := str(config.get('activation_function', 'gelu_new')), name)
-        if config['activation'] not in ACTIVATIONS:
-            raise ValueError(f'config.json says activation_function {name!r}, known are {", ".join(ACTIVATIONS)}')
-    else:
-        stored = read_whole(path)
-        if not isinstance(stored, dict) or not isinstance(stored.get('model', stored), dict):
-            raise ValueError('it holds no weights')
-        if whole and 'step' in stored and 'model' in stored:
-            return stored
-        weights = stored.get('model', stored)
-        if isinstance(stored.get('model_args'), dict):  # nanoGPT's, whose activation is the exact GELU
-            config = dict(stored['model_args'], activation='gelu')
-        elif isinstance(stored.get('config'), dict):
-            config = stored['config']
-    ours = {}
-    for name, tensor in weights.items():
-        while name.startswith(('_orig_mod.', 'module.', 'transformer.')):
-            name = name.split('.', 1)[1]
-        if not torch.is_tensor(tensor) or not tensor.is_floating_point() and not name.endswith('attn.bias'):
-            raise ValueError(f'its entry {name!r} is no weight')
-        if not name.endswith(('.attn.bias', '.attn.masked_bias')):  # the causal mask, which old files hold
-            ours[name] = tensor.float()
-    if not {'wte.weight', 'wpe.weight', 'h.0.attn.c_attn.weight'} <= ours.keys():
-        raise ValueError(f'it holds no GPT-2 weights but {sorted(ours)[:3]}')
-    head = ours.pop('lm_head.weight', ours['wte.weight'])
-    if not torch.equal(head, ours['wte.weight']):
-        raise ValueError('its lm_head.weight differs from wte.weight, here they are one')
-    (vocab, C), block_size = ours['wte.weight'].shape, len(ours['wpe.weight'])
-    if ours['h.0.attn.c_attn.weight'].shape == (C, 3 * C):
-        ours = {name: tensor.t().contiguous() if name.endswith(CONV1D) else tensor for name, tensor in ours.items()}
-    n_layer = len({name.split('.')[1] for name in ours if name.startswith('h.')})
-    shape = dict(block_size=block_size, vocab_size=vocab, n_layer=n_layer, n_embd=C)
-    with torch.device('meta'):
-        expected = {name.removeprefix('transformer.'): p.shape for name, p in GPT(GPTConfig(n_head=1, **shape)).named_parameters()}
-    published = {(size['n_layer'], size['n_embd']): size['n_head'] for size in GPT_SIZES.values()}.get((n_layer, C), 0)
-    n_head, shape['activation'] = config.get('n_head', published), config.get('activation', 'gelu_new')
-    if type(n_head) is not int or n_head < 0 or n_head and C % n_head or str(shape['activation']) not in ACTIVATIONS:
-        raise ValueError(f'it says n_head {n_head!r} and activation {shape["activation"]!r} at a width of {C}')
-    if n_head:  # a bare state dict of a size of one's own cannot tell
-        shape['n_head'] = n_head
-    for name, size in expected.items():
-        if name not in ours and name.endswith('bias'):
-            ours[name] = torch.zeros(size)  # nanoGPT's bias=False
-    for name in sorted(expected.keys() | ours.keys()):
-        if name not in ours or name not in expected or ours[name].shape != expected[name]:
-            raise ValueError(f'{name} is {tuple(ours[name].shape) if name in ours else "missing"}, expected '
-                             f'{tuple(expected[name]) if name in expected else "no such weight"}')
-    found = {'model': {'transformer.' + name: ours[name] for name in expected}, 'config': shape}
-    if stored.get('tokenizer') in TOKENIZERS.values():
-        found['tokenizer'], found['data_root'] = stored['tokenizer'], str(config.get('data_root', ''))
-    return found
-
-
-def adopt_shape(config, shape, source, where):
-    """Make the shape that read_gpt found that of the settings (a Config), as if it had been typed; the data decide on vocab_size, and
-    a shorter block_size may be typed. ValueError if the settings say something else, or if nobody says n_head."""
-    if 'n_head' not in shape and 'n_head' not in config.given:
-        raise ValueError(f'{where} does not tell the number of heads: add --n_head')
-    for name, value in shape.items():
-        if name in config.given and config[name] != value and name not in ('block_size', 'vocab_size'):
-            raise ValueError(f'--{name}={config[name]} is not that of {where}: {value}')
-    size = dict(model=source) if source in GPT_SIZES else {}
-    config.restore({**size, **{name: value for name, value in shape.items() if name != 'vocab_size'}}, where)
-
-
-def begin_gpt(setting, config, checkpoint, file, strict):
-    """(checkpoint, its file): without one, that of the source which this setting of the Config names, else (None, ''); the shape of weights
-    alone becomes that of the settings. strict: a source that cannot be read ends the script, 'scratch' is none. Else it is a warning, and of a default that is
-    not there, like logs/model_19072.pt, the newest in its folder are tried, model_<number>.pt."""
-    sources, folder = [] if checkpoint or strict and config[setting] == 'scratch' else [config[setting]], os.path.dirname(config[setting])
-    if sources and not strict and setting not in config.given and not os.path.exists(sources[0]) and os.path.isdir(folder):
-        numbers = filter(None, (re.fullmatch(r'model_(\d{1,18})\.pt', name) for name in os.listdir(folder)))
-        sources = [os.path.join(folder, match[0]) for match in sorted(numbers, key=lambda match: -int(match[1]))] or sources
-    for source in sources:
-        try:
-            path = find_gpt(source)
-            checkpoint, file = read_gpt(path), path
-            config.restore({setting: source}, path)  # so that config.py repeats this run
-            break
-        except (ValueError, OSError) as error:
-            if strict:
-                fail(f'--{setting}={error}{nearby(source)}' if isinstance(error, OSError) else f'--{setting}={source}: {error}')
-            print0(f'WARNING: the pretrained checkpoint cannot be used: {error if isinstance(error, OSError) else f"{source}: {error}"}{nearby(source)}')
-    if checkpoint and 'step' not in checkpoint:
-        try:
-            adopt_shape(config, checkpoint['config'], config[setting], file)
-        except ValueError as error:
-            fail(error)
-    return checkpoint, file
-
-
-def fit_weights(weights, block_size, vocab_size, n_vocab):
-    """The state dict for a shorter block_size and for other padding (to vocab_size) of a vocabulary of n_vocab ids. New ids get the
-    mean of all embeddings: with zeros they would be the likeliest ids, since GPT-2's logits are all far below zero.
-    ValueError if it is not made for n_vocab ids, or too short."""
-    weights, wte, wpe = dict(weights), weights['transformer.wte.weight'], weights['transformer.wpe.weight']
-    if not n_vocab <= len(wte) <= max(vocab_size, -(-n_vocab // 64) * 64):
-        raise ValueError(f'it has {len(wte)} ids, the tokenizer has {n_vocab}')
-    if block_size > len(wpe):
-        raise ValueError(f'it has {len(wpe)} positions, fewer than block_size {block_size}')
-    new = vocab_size - len(wte)
-    weights['transformer.wte.weight'] = torch.cat((wte, wte.mean(0, keepdim=True).expand(new, -1))) if new > 0 else wte[:vocab_size]
-    weights['transformer.wpe.weight'] = wpe[:block_size]
-    return weights
-
-
-def export_files(weights, config, tokenizer):
-    """{name: content} of a folder that transformers' GPT2LMHeadModel.from_pretrained loads (see write_whole), from a state dict of
-    GPT and its GPTConfig. The padding of the vocabulary is left out. GPT-2's tokenizer is put in, if it is the model's, so that
-    lm-eval needs nothing else."""
-    from safetensors.torch import save
-    n_vocab, eot = tokenizer['vocab_size'], tokenizer['eot']
-    weights = dict(weights, **{'transformer.wte.weight': weights['transformer.wte.weight'][:n_vocab]})
-    weights = {name: (tensor.t() if name.endswith(CONV1D) else tensor).detach().cpu().contiguous() for name, tensor in weights.items()}
-    files = {'model.safetensors': save(weights, metadata={'format': 'pt'}), 'config.json': dict(
-        architectures=['GPT2LMHeadModel'], model_type='gpt2', activation_function=config.activation, n_positions=config.block_size,
-        vocab_size=n_vocab, n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd, n_inner=None, layer_norm_epsilon=1e-5,
-        attn_pdrop=config.dropout, embd_pdrop=config.dropout, resid_pdrop=config.dropout, bos_token_id=eot, eos_token_id=eot,
-        tie_word_embeddings=True, dtype='float32')}
-    if tokenizer['tokenizer'] == 'gpt2':
-        load_tokenizer('gpt2')
-        for name, url in (('vocab.json', 'encoder.json'), ('merges.txt', 'vocab.bpe')):  # tiktoken keeps a file under its address's SHA-1
-            address = f'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{url}'
-            with open(os.path.join(os.environ['TIKTOKEN_CACHE_DIR'], hashlib.sha1(address.encode()).hexdigest()), 'rb') as file:
-                files[name] = file.read()
-        files['tokenizer_config.json'] = dict(tokenizer_class='GPT2Tokenizer', model_max_length=config.block_size)
-    return files
-
-
-# Tensor parallelism (Shoeybi et al. 2019, Megatron-LM, arXiv 1909.08053): each rank of a mesh has some heads of every attention and
-# some hidden units of every MLP; the results of the two c_proj are summed over the ranks. Everything else is on all of them.
-
-def tensor_parallel(model, mesh):
-    """Split a GPT in place over a one-dimensional DeviceMesh: its matrices become DTensors. n_head must be a multiple of its size."""
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module  # a second of imports
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(_by_rank(name, p, mesh.size()))
-    for block in model.transformer.h:
-        parallelize_module(block, mesh, {'attn.c_attn': ColwiseParallel(), 'attn.c_proj': RowwiseParallel(),
-                                         'mlp.c_fc': ColwiseParallel(), 'mlp.c_proj': RowwiseParallel()})
-
-
-def _by_rank(name, tensor, ranks, back=False):
-    """c_attn's rows are q, k, v of all heads; a rank gets a contiguous piece of them, so each piece has to be q, k, v of some heads."""
-    if '.c_attn.' not in name:
-        return tensor
-    return tensor.unflatten(0, (ranks, 3, -1) if back else (3, ranks, -1)).transpose(0, 1).flatten(0, 2)
-
-
-def whole(name, tensor):
-    """The full tensor of a parameter's own, or of the same shape, that tensor_parallel split (all ranks must call); others as they are."""
-    return _by_rank(name, tensor.full_tensor(), tensor.device_mesh.size(), back=True) if hasattr(tensor, 'full_tensor') else tensor
-
-
-def part(model, name, tensor):
-    """The reverse of `whole`: what this rank keeps of the full `tensor` of the parameter called `name`."""
-    p = model.get_parameter(name)
-    if not hasattr(p, 'full_tensor') or tensor.shape != p.shape:
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
-    return distribute_tensor(_by_rank(name, tensor, p.device_mesh.size()), p.device_mesh, p.placements, src_data_rank=None)
-
-
-def whole_weights(model):
-    """state_dict with full tensors."""
-    return {name: whole(name, p) for name, p in model.state_dict().items()}
-
-
-def load_whole_weights(model, weights):
-    """load_state_dict of full tensors."""
-    model.load_state_dict({name: part(model, name, tensor) for name, tensor in weights.items()})
-
-
-def make_optimizers(model, optimizer, lr, weight_decay, betas, split=False):
-    """[torch.optim.AdamW] or, for optimizer='muon', [AdamW, Muon]: Muon has the matrices of the blocks. Weight decay is for matrices
-    and embeddings, not for biases and norms. split: some parameters are DTensors.
-
-    Muon: Jordan et al. 2024, kellerjordan.github.io/posts/muon; its updates scaled to the size of AdamW's (arXiv 2502.16982)."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    for_muon = {p for p in model.transformer.h.parameters() if p.dim() >= 2} if optimizer == 'muon' else set()
-    fused = dict(foreach=False) if split else dict(fused=parameters[0].device.type in ('cuda', 'cpu'))
-    optimizers = [torch.optim.AdamW([dict(params=[p for p in parameters if p.dim() >= 2 and p not in for_muon], weight_decay=weight_decay),
-                                     dict(params=[p for p in parameters if p.dim() < 2], weight_decay=0.0)], lr=lr, betas=betas, eps=1e-8, **fused)]
-    for group in optimizers[0].param_groups:  # its state now: if the first step made it, between the activations, it would break up the memory
-        for p in group['params']:
-            step = torch.zeros((), device=p.device if fused.get('fused') else 'cpu')
-            optimizers[0].state[p] = dict(step=step, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-    if for_muon:
-        optimizers.append(torch.optim.Muon([p for p in parameters if p in for_muon], lr=lr, weight_decay=weight_decay, momentum=0.95,
-                                           adjust_lr_fn='match_rms_adamw'))
-    return optimizers
-
-
-def optimizer_state(model, optimizers):
-    """The state of several torch.optim optimizers by the names of the parameters, full tensors, whichever optimizer has which."""
-    names = {p: name for name, p in model.named_parameters()}
-    return dict(state={names[p]: {key: whole(names[p], value) for key, value in state.items()} for o in optimizers for p, state in o.state.items()},
-                param_groups=[dict(group, params=[names[p] for p in group['params']], kind=type(o).__name__) for o in optimizers for group in o.param_groups])
-
-
-def load_optimizer_state(model, optimizers, stored):
-    """Load what optimizer_state returned; of its groups the lr alone, which a save before the next update shall repeat. ValueError
-    if it was another kind of optimizer."""
-    kinds = {name: group.get('kind') for group in stored['param_groups'] for name in group['params']}
-    names, shapes = {p: name for name, p in model.named_parameters()}, {name: p.shape for name, p in model.named_parameters()}
-    if unknown := stored['state'].keys() - names.values():
-        raise ValueError(f'its optimizer knows {sorted(map(str, unknown))[:3]}, this model does not')
-    for o in optimizers:
-        order = [names[p] for group in o.param_groups for p in group['params']]  # a state_dict numbers them in this order
-        if not stored['state'].keys() & set(order):
-            continue  # it has made no update yet
-        state, kind = {i: {key: part(model, name, value) for key, value in stored['state'][name].items()} for i, name in enumerate(order)}, type(o).__name__
-        adam = {'step', 'exp_avg', 'exp_avg_sq'}
-        expected = dict(Muon={'momentum_buffer'}, AdamW=adam, AdamATan2=adam).get(kind)  # of another one whatever it stored, in its own shapes
-        if any(kinds.get(name) not in (None, kind) for name in order) or expected and any(now.keys() != expected for now in state.values()):
-            raise ValueError(f'the state of its optimizer is not that of {kind}')
-        for name, now in zip(order, state.values(), strict=True):  # load_state_dict does not look at shapes
-            if expected and any(torch.is_tensor(value) and value.dim() and value.shape != shapes[name] for value in now.values()):
-                raise ValueError('the state of its optimizer has other shapes than the weights')
-        o.load_state_dict(dict(o.state_dict(), state=state))
-    for group, there in zip([group for o in optimizers for group in o.param_groups], stored['param_groups'], strict=False):
-        group['lr'] = float(there['lr'])
-
-
-def sum_gradients(parameters, mesh):
-    """Sum the gradients of every parameter over a one-dimensional DeviceMesh of data-parallel copies."""
-    for p in parameters:
-        if p.grad is not None:
-            torch.distributed.all_reduce(p.grad.to_local() if hasattr(p.grad, 'full_tensor') else p.grad, group=mesh.get_group())
-
-
-def sum_each(world_size, bucket):
-    """A communication hook for DistributedDataParallel: the mean over the ranks, each gradient summed by itself. DDP lays out its buckets anew after the first
-    backward pass of a process, and from three ranks on the order in which gloo and NCCL add depends on a number's place in what they are given: summed in
-    whole buckets, the first step after a resume would round in another way than without the stop."""
-    buffer, sums = bucket.buffer(), [dist.all_reduce(gradient, async_op=True) for gradient in bucket.gradients()]
-
-    def mean(last):
-        last.value()  # raises what went wrong
-        for one in sums[:-1]:  # gloo may end the last one before the others
-            one.wait()
-        return buffer.div_(world_size)
-    return sums[-1].get_future().then(mean)
-
-
-def sum_alike(net, world_size):
-    """sum_each for a DistributedDataParallel, where it matters: two numbers have one sum, in whatever order. On a CPU it is 12% of a small step."""
-    if world_size > 2:
-        net.register_comm_hook(world_size, sum_each)
-
-
-def total_norm(gradients):
-    """The norm of all numbers in these tensors, as torch.nn.utils.get_total_norm, which takes no mixture of split and other ones."""
-    if not any(hasattr(g, 'full_tensor') for g in gradients):
-        return torch.nn.utils.get_total_norm(gradients)
-    norms = [torch.linalg.vector_norm(g) for g in gradients]
-    return torch.linalg.vector_norm(torch.stack([n.full_tensor() if hasattr(n, 'full_tensor') else n for n in norms]))
-
-
-def norms_by_part(gradients):
-    """' | grad wte 1.00e-02 h.0.ln_1 ...', for a log line: the norm of every part of the model, from {name of a parameter: its gradient}."""
-    parts = {}
-    for name, gradient in gradients.items():
-        part = re.match(r'(?:\w+\.)*?\d+\.\w+|\w+', name.removeprefix('transformer.'))[0]  # a block's part, or what stands outside of the blocks
-        parts.setdefault(part, []).append(gradient)
-    return ' | grad ' + ' '.join(f'{part} {total_norm(some).item():.2e}' for part, some in parts.items())
-
-
-def git_commit():
-    """Of the scripts, 'unknown' if they are not under git."""
-    command = ['git', '-C', os.path.dirname(os.path.abspath(__file__)), 'describe', '--always', '--dirty']
-    return (subprocess.run(command, capture_output=True, text=True).stdout.strip() if shutil.which('git') else '') or 'unknown'
-
-
-def hellaswag_scores(items, losses):
-    """(acc, acc_norm): how often the likeliest of the four endings is the right one, by the sum and by the mean of its tokens'
-    -log p; losses: those sums, of every ending of every item in order."""
-    sums, labels = np.array(losses).reshape(-1, 4), np.array([label for _, _, label in items])
-    means = sums / np.array([[len(ending) for ending in endings] for _, endings, _ in items])
-    return float((sums.argmin(1) == labels).mean()), float((means.argmin(1) == labels).mean())
-
-
-def open_hellaswag(folder, encoding):
-    """[(context ids, [ids of each ending], number of the right one)] of a folder that prepare/hellaswag.py wrote, as build-nanogpt
-    renders them: an ending begins with a blank, nothing stands before the context. ValueError names file and line."""
-    path, items, number = os.path.join(folder, 'hellaswag_val.jsonl'), [], 0
-    try:
-        with open(path, 'rb') as file:
-            for number, line in enumerate(file, 1):  # noqa: B007  named in the message
-                item = json.loads(line)
-                if not (item['ctx'].strip() and type(item['endings']) is list and len(item['endings']) == 4 and all(e.strip() for e in item['endings'])
-                        and type(item['label']) is int and 0 <= item['label'] < 4):
-                    raise ValueError('expected ctx, four endings and a label from 0 to 3')
-                endings = [encoding.encode_ordinary(' ' + ending) for ending in item['endings']]
-                items.append((encoding.encode_ordinary(item['ctx']), endings, item['label']))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ValueError(f'{path} line {number}: {error}' if number else f'{path}: {error}') from error
-    if not items:
-        raise ValueError(f'{path} holds no items')
-    return items
+# ---- tokenizer ---------------------------------------------------------------------------------
+def tokenizer_of_size(vocab_size):
+    """The entry of TOKENIZERS with so many ids, padded or not; None if there is none."""
+    for known in TOKENIZERS.values():
+        if known['vocab_size'] <= vocab_size < known['vocab_size'] + 64:
+            return known
+    return None
 
 
 def load_tokenizer(name, download=False):
-    """The tiktoken.Encoding called 'bytes' (256 byte values and end-of-text) or 'gpt2' (50,257 ids).
+    """The tiktoken.Encoding called 'bytes' (256 byte values, end-of-text) or 'gpt2' (50,257 ids).
 
-    tiktoken keeps GPT-2's two files in TIKTOKEN_CACHE_DIR, by default data/tiktoken beside this file. Without `download`
-    the network is not touched: OSError if the files are not there."""
+    tiktoken keeps GPT-2's two files in TIKTOKEN_CACHE_DIR, by default data/tiktoken beside this
+    file. Without `download` the network is not touched: OSError if the files are not there."""
     import tiktoken
+    import tiktoken.load
     if name == 'bytes':
-        return tiktoken.Encoding('bytes', pat_str=r'[\s\S]', mergeable_ranks={bytes([i]): i for i in range(256)},
+        ranks = {bytes([i]): i for i in range(256)}
+        return tiktoken.Encoding('bytes', pat_str=r'[\s\S]', mergeable_ranks=ranks,
                                  special_tokens={'<|endoftext|>': 256})
     if name != 'gpt2':
         raise ValueError(f"unknown tokenizer {name!r}, expected 'bytes' or 'gpt2'")
-    os.environ.setdefault('TIKTOKEN_CACHE_DIR', os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data', 'tiktoken'))
-    import tiktoken.load
-    read_file = tiktoken.load.read_file
+    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data', 'tiktoken')
+    folder = os.environ.setdefault('TIKTOKEN_CACHE_DIR', beside)
 
     def offline(url):
-        raise OSError(f"GPT-2's tokenizer is not in TIKTOKEN_CACHE_DIR={os.environ['TIKTOKEN_CACHE_DIR']} (prepare/fineweb.py puts it there)")
+        raise OSError(f"GPT-2's tokenizer is not in TIKTOKEN_CACHE_DIR={folder} "
+                      '(prepare/fineweb.py puts it there)')
 
+    read_file = tiktoken.load.read_file
     try:
         tiktoken.load.read_file = read_file if download else offline
         return tiktoken.get_encoding('gpt2')
@@ -792,708 +628,18 @@ def load_tokenizer(name, download=False):
         tiktoken.load.read_file = read_file
 
 
-def printable(text):
-    """The text without control codes, for a terminal."""
-    return re.sub(r'[^\n\t -~\xa0-\U0010ffff]', '\ufffd', text)
-
-
-def converse(answer):
-    """Print answer(line, number of the turn) to every line that is typed, until an empty one, end of file or Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    sys.stdin.reconfigure(errors='replace')
-    print0('an instruction and Enter; an empty line ends')
-    try:
-        for turn in range(10 ** 9):
-            line = input('> ').strip()
-            if not line:
-                break
-            print0(answer(line, turn))
-    except (EOFError, KeyboardInterrupt):
-        print0('')
-
-
-# What a manifest.json may say; a folder without one holds GPT-2's ids.
-TOKENIZERS = {'gpt2': dict(tokenizer='gpt2', vocab_size=50257, eot=50256), 'bytes': dict(tokenizer='bytes', vocab_size=257, eot=256)}
-
-
-def tokenizer_of(checkpoint, file):
-    """The entry of TOKENIZERS that a checkpoint was trained with. Weights from elsewhere do not name theirs, their number of ids does."""
-    if 'step' in checkpoint or 'tokenizer' in checkpoint:
-        found = checkpoint.get('tokenizer')
-    else:
-        ids = checkpoint['config']['vocab_size']
-        found = next((known for known in TOKENIZERS.values() if known['vocab_size'] <= ids <= known['vocab_size'] + 63), TOKENIZERS['gpt2'])
-    if found not in TOKENIZERS.values():
-        fail(f'{file} names an unknown tokenizer')
-    return found
-
-
-def encoding_for_all(name, needed):
-    """load_tokenizer on every rank; where one has none, None on all ranks, with a message, or the end if it is needed."""
-    encoding, problem = None, ''
-    try:
-        encoding = load_tokenizer(name)
-    except OSError as error:
-        problem = str(error)
-    missing = next(filter(None, everyone(problem)), '')
-    fail_if(missing and needed, missing)
-    if missing:
-        print0(f'no samples: {missing}')
-    return None if missing else encoding
-
-
-def map_npy(path):
-    """The array of a .npy file, mapped, not read. ValueError says what is wrong with it."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # of a damaged header
-            return np.lib.format.open_memmap(path, mode='r')  # np.load would take other formats too
-    except OSError:
-        raise
-    except Exception as error:  # cut off, of objects; a hostile header can provoke any of them
-        raise ValueError(f'cannot be read: {" ".join(str(error).split())[:200]}') from error
-
-
-def open_shard(path):
-    """The tokens (n,) uint16 of one file, mapped, not read: llm.c's .bin (256 int32: 20240520, 1, n; then n uint16) or a
-    .npy array. ValueError says what is wrong with it."""
-    if path.endswith('.npy'):
-        tokens = map_npy(path)
-        if tokens.dtype != np.uint16 or tokens.ndim != 1:
-            raise ValueError(f'holds {tokens.dtype} of shape {tokens.shape}, expected one row of uint16')
-        return tokens
-    header, size = np.fromfile(path, '<i4', 256), os.path.getsize(path)
-    if len(header) < 256 or header[0] != 20240520 or header[1] != 1:
-        raise ValueError('does not start with the 1024-byte header 20240520, 1, number of tokens')
-    if size != 1024 + 2 * int(header[2]):
-        raise ValueError(f'is {size} bytes long, but its header says {header[2]} tokens = {1024 + 2 * int(header[2])} bytes')
-    return np.memmap(path, '<u2', 'r', offset=1024) if header[2] else np.zeros(0, np.uint16)
-
-
-def open_shards(folder, T, val_only=False):
-    """(training shards {name: tokens}, validation shards {name: tokens}, tokenizer) of a folder that prepare/ wrote.
-
-    Validation shards have `val` in their name, else it is the first. All ids are checked: an id beyond the vocabulary would
-    otherwise end a run hours later. T: tokens per row; what is left of a shard is not used. val_only: the training shards, which may
-    be large, are not opened. ValueError names file and place."""
-    if not os.path.isdir(folder):
-        raise ValueError(f'{folder} is no folder')
-    if os.path.isdir(os.path.join(folder, 'pieces')):
-        raise ValueError(f'{folder} is half made: run the prepare script again, it continues')
-    names = sorted(name for name in os.listdir(folder) if name.endswith(('.bin', '.npy')))
-    val_names = [name for name in names if 'val' in name] or names[:1]
-    if not names or len(names) == len(val_names) and not val_only:
-        raise ValueError(f'{folder} needs a validation and a training shard (.bin or .npy), it holds {names}')
-    name, tokenizer, shards = 'manifest.json', TOKENIZERS['gpt2'], {}
-    try:
-        if os.path.exists(os.path.join(folder, name)):
-            with open(os.path.join(folder, name), encoding='utf-8') as file:
-                manifest = json.load(file)
-            tokenizer = {key: manifest.get(key) for key in tokenizer}
-            if tokenizer not in TOKENIZERS.values():
-                raise ValueError(f'{tokenizer} is none of the known tokenizers')
-        for name in val_names if val_only else names:
-            shards[name] = tokens = open_shard(os.path.join(folder, name))
-            if not len(tokens):
-                raise ValueError('holds no tokens')
-            for i in range(0, len(tokens), 2 ** 24):
-                outside = np.flatnonzero(tokens[i:i + 2 ** 24] >= tokenizer['vocab_size'])
-                if len(outside):
-                    raise ValueError(f'token {i + outside[0]} is {tokens[i + outside[0]]}, outside the vocabulary of {tokenizer["vocab_size"]}')
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f'{os.path.join(folder, name)}: {error}') from error
-    train, val = {n: s for n, s in shards.items() if n not in val_names}, {n: shards[n] for n in val_names}
-    for part in [val] if val_only else [train, val]:
-        if all(len(tokens) <= T for tokens in part.values()):
-            raise ValueError(f'{folder}: {", ".join(part)} hold no row of {T} + 1 tokens')
-    return train, val, tokenizer
-
-
-def shard_rows(shards, T, rows):
-    """Rows (n, T + 1) int64 by number: row r of a shard is its tokens[r*T : r*T + T + 1], the rows of all shards are one list."""
-    tokens = list(shards.values())
-    first = np.cumsum([0] + [(len(t) - 1) // T for t in tokens])
-    picked = [tokens[s][(r - first[s]) * T:(r - first[s] + 1) * T + 1] for r, s in zip(rows, np.searchsorted(first, rows, 'right') - 1, strict=True)]
-    return torch.from_numpy(np.stack(picked).astype(np.int64))
-
-
-def forgetting_shards(config, checkpoint, tokenizer):
-    """{name: tokens} of the validation shards in the folder that the setting forgetting_root names; 'auto': that which the checkpoint was trained on. {} where
-    there is none. ValueError if it was typed and cannot be used."""
-    if config['forgetting_root'] == 'auto':  # it must not outlive the moment in which it is known
-        root = checkpoint.get('data_root', '') if checkpoint else ''
-        config.assign('forgetting_root', root if os.path.isdir(root) else '')
-        config.given.add('forgetting_root')
-    if not config['forgetting_root']:
-        return {}
-    try:
-        _, shards, theirs = open_shards(config['forgetting_root'], config['block_size'], val_only=True)
-    except ValueError as error:
-        if 'forgetting_root' in config.typed_here:
-            raise ValueError(f'--forgetting_root: {error} (without a folder, --forgetting_root=, it is not measured)') from error
-        print0(f'WARNING: forgetting is not measured: {error}')
-        return {}
-    if theirs != tokenizer:
-        raise ValueError(f'--forgetting_root={config["forgetting_root"]} holds {theirs["tokenizer"]} tokens, the rows {tokenizer["tokenizer"]}')
-    return shards
-
-
-# Instructions and answers: rows of their own, each a prompt and a response. They are not packed into full rows of block_size tokens:
-# an answer would stand at positions, and behind other rows' texts, where it never stands when the model is asked.
-
-def instruction_prompt(instruction, context=''):
-    """The text that asks for a response: that of databrickslabs/dolly, without its special tokens."""
-    context = f'Input:\n{context}\n\n' if context else ''
-    return ('Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n'
-            f'### Instruction:\n{instruction}\n\n{context}### Response:\n')
-
-
-def padded_length(length):
-    """Length of the rows of a batch whose longest one has `length` tokens: a multiple of 16, so that there are few different shapes."""
-    return -(-length // 16) * 16
-
-
-def bucketed(lengths, batch_size, seed, epoch):
-    """The micro-batches of an epoch: arrays of at most batch_size row numbers, each row once. The rows are shuffled and sorted by
-    length inside windows of 50 batches, so that those of a batch are of like length; then the batches are shuffled."""
-    generator = np.random.default_rng([seed, epoch])
-    order = generator.permutation(len(lengths))
-    windows = [order[i:i + 50 * batch_size] for i in range(0, len(order), 50 * batch_size)]
-    order = np.concatenate([window[np.argsort(lengths[window], kind='stable')] for window in windows])
-    batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
-    return [batches[i] for i in generator.permutation(len(batches))]
-
-
-def open_rows(folder, block_size):
-    """(training rows, validation rows, tokenizer, names of the categories) of a folder that prepare/dolly.py wrote.
-
-    Rows: a dict of arrays, `tokens` (n,) uint16 of all rows one after another; for each row `start`, its first token's place in
-    them, `prompt` and `response`, its numbers of tokens, `category`; `files`: {name: [rows, CRC of it all]}; `left_out`: how many rows of more
-    than block_size + 1 tokens there are beside these. Everything is checked; ValueError names file and place."""
-    if not os.path.isdir(folder):
-        raise ValueError(f'{folder} is no folder')
-    name, splits = 'manifest.json', {'train': [], 'val': []}
-    if not os.path.exists(os.path.join(folder, name)):
-        raise ValueError(f'{folder} has no {name}, so it is half made: run the prepare script again')
-    try:
-        manifest = read_whole(os.path.join(folder, name))
-        tokenizer = {key: manifest.get(key) for key in TOKENIZERS['gpt2']}
-        categories = manifest.get('categories')
-        if tokenizer not in TOKENIZERS.values() or not isinstance(categories, list) or not all(isinstance(c, str) for c in categories):
-            raise ValueError(f'{tokenizer} is none of the known tokenizers, or categories {categories!r} are no names')
-        names = sorted(name for name in os.listdir(folder) if name.endswith('.npz'))
-        if 'files' in manifest and names != sorted(file['name'] for file in manifest['files']):
-            raise ValueError(f'it lists {[file["name"] for file in manifest["files"]]}, the folder holds {names}')
-        for name in names:
-            with np.load(os.path.join(folder, name), allow_pickle=False) as archive:  # it checks the CRC of what it reads
-                tokens, prompt, response, category = (archive[key] for key in ('tokens', 'prompt', 'response', 'category'))
-            if tokens.dtype != np.uint16 or not all(a.ndim == 1 and np.issubdtype(a.dtype, np.integer) for a in (tokens, prompt, response, category)):
-                raise ValueError(f'expected rows of whole numbers and uint16 tokens, it holds {tokens.dtype} {tokens.shape}, {prompt.dtype} {prompt.shape}')
-            prompt, response, category = (a.astype(np.int64) for a in (prompt, response, category))
-            if not len(prompt) == len(response) == len(category) > 0:
-                raise ValueError(f'{len(prompt)} prompts, {len(response)} responses, {len(category)} categories')
-            for what, wrong in (('an empty prompt or response', (prompt < 1) | (response < 1)), ('an absurd length', (prompt > 2 ** 31) | (response > 2 ** 31)),
-                                ('an unknown category', (category < 0) | (category >= len(categories)))):
-                if wrong.any():
-                    raise ValueError(f'row {np.flatnonzero(wrong)[0]} has {what}')
-            ends = np.cumsum(prompt + response)
-            if ends[-1] != len(tokens):
-                raise ValueError(f'its rows need {ends[-1]} tokens, it holds {len(tokens)}')
-            outside = np.flatnonzero(tokens >= tokenizer['vocab_size'])
-            if len(outside):
-                raise ValueError(f'token {outside[0]} is {tokens[outside[0]]}, outside the vocabulary of {tokenizer["vocab_size"]}')
-            unended = np.flatnonzero(tokens[ends - 1] != tokenizer['eot'])
-            if len(unended):
-                raise ValueError(f'row {unended[0]} does not end in end-of-text')
-            crc = zlib.crc32(b''.join(a.tobytes() for a in (tokens, prompt, response, category)))
-            splits['val' if 'val' in name else 'train'].append((name, tokens, prompt, response, category, crc))
-    except Exception as error:  # a hostile file can provoke any of them
-        raise ValueError(f'{os.path.join(folder, name)}: {" ".join(str(error).split())[:300] or type(error).__name__}') from error
-    found = []
-    for split, parts in splits.items():
-        if not parts:
-            raise ValueError(f'{folder} holds no {split} rows')
-        tokens, prompt, response, category = (np.concatenate([part[i] for part in parts]) for i in range(1, 5))
-        fits = prompt + response <= block_size + 1
-        if not fits.any():
-            raise ValueError(f'{folder}: no {split} row has at most block_size + 1 = {block_size + 1} tokens: take a model of a larger block_size '
-                             f'(--pretrained_checkpoint), or rows of prepare/dolly.py --max_length={block_size + 1}')
-        start = np.cumsum(prompt + response) - prompt - response
-        found.append(dict(tokens=tokens, start=start[fits], prompt=prompt[fits], response=response[fits], category=category[fits],
-                          files={part[0]: [len(part[2]), part[5]] for part in parts}, left_out=int((~fits).sum())))
-    return *found, tokenizer, categories
-
-
-def padded_rows(rows, chosen, block_size, eot, prompt_loss_weight=0.0):
-    """(inputs (b, T), targets (n,), places (n,), factors (n,)) of these rows as GPT.forward takes them: padded on the right, the loss on
-    responses and their end-of-text, and with this weight on prompts. No rows at all give one of padding, with one target of -1."""
-    longest = max([1, *(rows['prompt'][r] + rows['response'][r] - 1 for r in chosen)])
-    T = min(block_size, padded_length(longest))
-    x, y, factors = np.full((max(1, len(chosen)), T), eot), np.full((max(1, len(chosen)), T), -1), np.ones((max(1, len(chosen)), T), np.float32)
-    for i, r in enumerate(chosen):
-        prompt, n = rows['prompt'][r], rows['prompt'][r] + rows['response'][r]
-        ids = rows['tokens'][rows['start'][r]:rows['start'][r] + n]
-        first = 1 if prompt_loss_weight else prompt  # of the tokens that are to be predicted; the one before it sees it coming
-        x[i, :n - 1], y[i, first - 1:n - 1], factors[i, :prompt - 1] = ids[:-1], ids[first:], prompt_loss_weight
-    places = np.flatnonzero(y >= 0) if len(chosen) else np.zeros(1, int)
-    return tuple(torch.from_numpy(a) for a in (x, y.reshape(-1)[places], places, factors.reshape(-1)[places]))
-
-
-def rouge_l(candidate, reference):
-    """ROUGE-L (Lin 2004): F1 of the longest common subsequence of words, 0 to 1; words as the rouge_score package takes them."""
-    a, b = (re.findall('[a-z0-9]+', text.lower()) for text in (candidate, reference))
-    longest = [0] * (len(b) + 1)  # of all of a so far and the first j words of b
-    for word in a:
-        before = 0
-        for j, other in enumerate(b, 1):
-            before, longest[j] = longest[j], before + 1 if word == other else max(longest[j], longest[j - 1])
-    return 2 * longest[-1] / (len(a) + len(b)) if longest[-1] else 0.0
-
-
-def distinct_2(texts):
-    """Share of the pairs of neighbouring words, over all texts, that are different ones (Li et al. 2016, arXiv 1510.03055)."""
-    pairs = [pair for words in map(str.split, texts) for pair in zip(words, words[1:], strict=False)]
-    return len(set(pairs)) / len(pairs) if pairs else 0.0
-
-
-def judged_answers(rows, categories, n, encoding, answers):
-    """{measure: number} of the answers to the first n held-out rows of open_rows, in a fixed shuffled order.
-    answers(prompts, temperature) -> [(ids, did it end by itself)]."""
-    order = np.random.default_rng(0).permutation(len(rows['prompt']))
-    names = np.array(categories)[rows['category'][order]]
-
-    def prompts(chosen):
-        return [rows['tokens'][rows['start'][r]:rows['start'][r] + rows['prompt'][r]].tolist() for r in chosen]
-
-    greedy, sampled = (answers(prompts(order[:n]), temperature) for temperature in (0.0, 1.0))
-    found = {f'end rate, {how}': sum(ended for _, ended in some) / len(some) for how, some in (('greedy', greedy), ('sampled', sampled))}
-    found['distinct-2, greedy'] = distinct_2([encoding.decode(ids) for ids, _ in greedy])
-    for name in ('closed_qa', 'information_extraction'):  # whose answers stand in their contexts
-        asked, scores = order[names == name][:n], []
-        for r, (ids, _) in zip(asked, answers(prompts(asked), 0.0), strict=True):
-            reference = rows['tokens'][rows['start'][r] + rows['prompt'][r]:][:rows['response'][r] - 1]
-            scores.append(rouge_l(encoding.decode(ids), encoding.decode(reference.tolist())))
-        if scores:
-            found[f'ROUGE-L, {name}'] = sum(scores) / len(scores)
-    return found
-
-
-def before_after(before, after):
-    """Lines of a table of two columns, {name: number} each; one column if there is nothing before."""
-    if before:
-        yield f'{"":34}before    after'
-    for name, value in after.items():
-        yield f'{name:31}' + (f'{before[name]:9.4f}' if name in before else ' ' * 9) + f'{value:9.4f}'
-
-
-def both_answers(before, after, step):
-    """Two answers for a person; at step 0 the second one alone, which is that of before."""
-    return '\n'.join(f'    {name:6} | {line}' for name, answer in ((('before', before), ('after', after)) if step else (('before', after),))
-                     for line in answer.splitlines() or [''])
-
-
-def check_table(before, answers):
-    """ValueError if what a checkpoint stored of before the training is none: {measure: number}, {number of the prompt: answer}."""
-    if not all(type(name) is str and type(x) is float for name, x in before.items()) or not all(
-            type(i) is int and type(text) is str for i, text in answers.items()):
-        raise ValueError('its table is none')
-
-
-def overfitting(progress):
-    """At an evaluation: a warning if the validation loss is above its best while the train loss fell; a new sum of the train loss begins."""
-    if not progress['since_count']:
-        return
-    val, best, before, now = (progress[name] for name in ('val_loss', 'best_val_loss', 'train_loss_before', 'since_sum'))
-    now /= progress['since_count']
-    if val > best and now < before:
-        yield (f'Warning: Overfitting detected: val loss {val:.4f} is above its best, {best:.4f} at step {progress["best_step"]}, '
-               f'while the train loss fell from {before:.4f} to {now:.4f}')
-    progress.update(train_loss_before=now, since_sum=0.0, since_count=0)
-
-
-def read_whole(path):
-    """Content of a file of torch.save or of a .json, as plain values and CPU tensors. Nothing in the file is executed, a damaged
-    or hostile one is a ValueError: torch.load itself overlooks a flipped bit and tensors that claim more than they bring."""
-    try:
-        if path.endswith('.json'):
-            with open(path, encoding='utf-8') as file:
-                return json.load(file)
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()  # the first member whose CRC is wrong
-        if broken:
-            raise ValueError(f'{broken} in it is damaged')
-        content = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-        pending = [content]
-        while pending:
-            value = pending.pop()
-            pending += value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else []
-            if torch.is_tensor(value) and value.numel() * value.element_size() > value.untyped_storage().nbytes():
-                raise ValueError('a tensor in it claims more numbers than it brings')
-            if torch.is_tensor(value) and value.is_complex():  # copied to real ones with a warning
-                raise ValueError('a tensor in it holds complex numbers')
-        return content
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # a hostile file can provoke any of them
-        raise ValueError(f'{type(error).__name__}: {" ".join(str(error).split())[:200]}') from error
-
-
-def remove(path):
-    """Delete a file or a folder, whole or not at all: a half-deleted folder must not bear the name of a whole one."""
-    if os.path.isdir(path) and not os.path.islink(path):
-        if not path.endswith(('.tmp', '.old', '.was', '.gone')):  # these are no whole ones by their names
-            remove(path + '.gone')  # of a deletion that was killed
-            os.replace(path, path + '.gone')
-            path += '.gone'
-        shutil.rmtree(path)
-    elif os.path.lexists(path):
-        os.unlink(path)
-
-
-def whole_checkpoint(path, read, name):
-    """(checkpoint, '') or (None, what is wrong with the file or folder at `path`, for a message that begins with the path).
-
-    read: checkpoint_of of the script, see there. Weights alone come back as {'model': weights}. name: one like those of checkpoints, to
-    be looked for where the path is a folder of them."""
-    try:
-        found = read(path if os.path.exists(path) or not os.path.isdir(path + '.was') else path + '.was')  # see write_whole
-        if not isinstance(found, dict) or not isinstance(found.get('model', found), dict):
-            raise ValueError('it holds no weights')
-        found = found if 'model' in found else {'model': found}
-        if 'step' in found and not (type(found['step']) is type(found['log_bytes']) is int and found['step'] >= 0 and type(found['ranks']) is list
-                                    and type(found['config']) is type(found['given']) is dict):
-            raise ValueError('its entries are not those of a checkpoint')
-        wrong = [name for name, n in found.items() if str(name).endswith('_count') and not (type(n) is int and n >= 0)]
-        if 'step' in found and wrong:
-            raise ValueError(f'its {wrong[0]} is no count')
-        return found, ''
-    except FileNotFoundError:
-        return None, 'does not exist' + nearby(path)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        return None, f'cannot be read as a checkpoint ({error})' + (nearby(os.path.join(path, name)) if os.path.isdir(path) else '')
-
-
-def set_aside(paths):
-    """Give them the name .old; what had it before goes."""
-    for path in paths:
-        remove(path + '.old')
-        os.replace(path, path + '.old')
-
-
-def steps_on_disk(path_of, suffix=''):
-    """Steps of the checkpoints in a run's folder, ascending. Only names that path_of(step) of the script itself writes are ours."""
-    folder = os.path.dirname(path_of(0))
-    names = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-    steps = {int(digits) for name in names for digits in re.findall('[0-9]{1,18}', name)}
-    return sorted(s for s in steps if os.path.basename(path_of(s)) + suffix in names)
-
-
-def run_checkpoints(path_of):
-    """Paths of the checkpoints in a run's folder, newest first; the best one last, whatever its step, for where no other reads."""
-    best = path_of('best')
-    there = os.path.exists(best) or os.path.exists(best + '.was')  # see write_whole
-    return [path_of(s) for s in reversed(steps_on_disk(path_of))] + [best] * there
-
-
-def first_readable(paths, read, path_of, strict=False, weights_too=False):
-    """(checkpoint, its path, set of the paths before it that are damaged) of the first of the paths that reads whole; (None, '', ...) if none does. A
-    damaged one is named in a warning and left as it is; strict: it ends the script. weights_too: files of weights alone count. None: nothing is looked for."""
-    damaged = set()
-    for path in paths or ():
-        checkpoint, problem = whole_checkpoint(path, read, os.path.basename(path_of(0)))
-        if checkpoint and ('step' in checkpoint or weights_too):
-            return checkpoint, path, damaged
-        problem = problem or 'holds weights only'
-        if strict:
-            fail(f'{path} {problem}')
-        damaged.add(path)
-        print0(f'WARNING: {path} {problem}; it is left as it is')
-    if paths is not None and not damaged and not weights_too:
-        folder = os.path.dirname(path_of(0))
-        begun = os.path.exists(os.path.join(folder, 'config.py'))
-        print0(f'no checkpoint in {folder} yet: a new run begins' + f' ({folder}/config.py repeats the settings of the one that was begun there)' * begun)
-    return None, '', damaged
-
-
-def rotate(path_of, read, keep, permanent, damaged):
-    """Delete the checkpoints that are no longer wanted, once what replaces them is on the disk: the `keep` newest stay (0 = all; 1 only if the newest
-    reads whole, else 2), and those in `permanent`. Damaged files neither count nor go."""
-    for suffix in ('.tmp', '.gone'):  # of a save that was killed, of a folder's deletion that was
-        for s in [*steps_on_disk(path_of, suffix), 'best']:
-            remove(path_of(s) + suffix)
-    steps = [s for s in steps_on_disk(path_of) if path_of(s) not in damaged]
-    stay = 1 if keep == 1 and steps and whole_checkpoint(path_of(steps[-1]), read, '')[0] else max(keep, 2)
-    for s in steps[:-stay] if keep else []:
-        if s not in permanent:
-            remove(path_of(s))
-
-
-def locked(path):
-    """A descriptor that appends to the log of a run. As long as this process lives, no other gets one; ValueError if another has it."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise ValueError('another process is training in it') from None
-    except OSError as error:  # a file system without locks
-        print0(f'WARNING: {path} cannot be locked ({error}): nothing keeps a second process out of this folder')
-    return descriptor
-
-
-def open_log(path, path_of, read, checkpoint, checkpoint_file, explicit):
-    """Make or enter the folder of a run; returns a descriptor that appends to its log. ValueError if the folder holds another run, or one that is at work.
-
-    checkpoint: what is resumed, None for a new run. If it lies in this folder, its log is cut back to where that step began (what follows will be written
-    again), and, if it was named explicitly, later checkpoints, which belong to another future, get the name .old."""
-    folder, start_step = os.path.dirname(path), checkpoint['step'] if checkpoint else 0
-    os.makedirs(folder, exist_ok=True)
-    in_place = checkpoint is not None and os.path.samefile(os.path.dirname(os.path.normpath(checkpoint_file)) or '.', folder)
-    if checkpoint and not in_place and run_checkpoints(path_of):
-        raise ValueError(f'{folder} already holds another run: choose an empty folder')
-    descriptor = locked(path)
-    if in_place and explicit:
-        later = [path_of(s) for s in steps_on_disk(path_of) if s > start_step]
-        best = whole_checkpoint(path_of('best'), read, '')[0]
-        later += [path_of('best')] if best and best.get('step', 0) > start_step else []
-        later += sorted(path for path, step in prm_checkpoints(os.path.join(glob.escape(folder), '*'), r'epoch_\d+|final').items() if step > start_step)
-        set_aside(later)
-        if later:
-            print0(f'set aside as *.old, later than step {start_step}:', ', '.join(later))
-    if not in_place and os.path.getsize(path):
-        set_aside([path])
-        descriptor = locked(path)
-        print0(f'set aside as {os.path.basename(path)}.old, of a run without a checkpoint: {path}')
-    if in_place and os.fstat(descriptor).st_size > checkpoint['log_bytes']:
-        os.ftruncate(descriptor, checkpoint['log_bytes'])
-    return descriptor
-
-
-def append(path, descriptor, text, stop):
-    """Add the text to the end of the log, nothing if it is not open (-1). A full disk is left in `stop` for poll(), where all ranks meet."""
-    data = text.encode(errors='backslashreplace')  # as on the terminal
-    try:
-        while data and descriptor >= 0:
-            data = data[os.write(descriptor, data):]
-    except OSError as error:
-        stop.number, stop.trouble = 1000, cannot_write(path, error)
-
-
-def watch_signals():
-    """SIGTERM and Ctrl-C no longer end the process: they leave their number in .number of what is returned (0: none came yet)."""
-    stop = SimpleNamespace(number=0, trouble='')
-
-    def on_signal(number, frame):
-        stop.number = number
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process at once; SIGTERM may come from several sides
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, on_signal)
-    return stop
-
-
-def same_data(there, here, names, data):
-    """ValueError if the loader_state of a checkpoint differs from the present one in one of these names."""
-    if not isinstance(there, dict):
-        raise ValueError('its data position is no dict')
-    for name in names:
-        if there[name] != here[name]:
-            raise ValueError(f'the data in {data} changed since, its {name} was {str(there[name])[:200]}: '
-                             'resume with that data, or begin a new run in another folder')
-
-
-NO_WANDB = SimpleNamespace(log=lambda values, step: None, finish=lambda: None)
-
-
-def start_wandb(project, name, config, folder, progress):
-    """The run of Weights & Biases; progress['wandb_id'] is its id, the same after a resume."""
-    try:
-        import wandb
-    except ImportError:
-        fail('--wandb_log needs the package wandb: pip install wandb')
-    run = wandb.init(project=project, name=name or None, config=dict(config), dir=folder, id=progress['wandb_id'] or None, resume='allow')
-    progress['wandb_id'] = run.id
-    return run
-
-
-def newest(paths):
-    """The one of the paths that was changed last, '' if there is none: a running training may delete some meanwhile."""
-    changed = {}
-    for path in paths:
-        try:
-            changed[path] = os.path.getmtime(path)
-        except FileNotFoundError:
-            pass
-    return max(changed, key=changed.get, default='')
-
-
-def ahead(batch, turns, count):
-    """Yields batch(step, micro_step) for each of these turns, while a thread prepares the next `count` ones."""
-    prepared, thread = deque(), ThreadPoolExecutor(1)
-    for turn in turns:
-        prepared.append(thread.submit(batch, *turn))
-        if len(prepared) > count:
-            yield prepared.popleft().result()
-    while prepared:
-        yield prepared.popleft().result()
-
-
-@lru_cache(maxsize=1)
-def cpu_group():
-    """The group for what the ranks tell each other beside gradients; every rank calls it for the first time at the same point."""
-    return dist.new_group(backend='gloo')
-
-
-def everyone(value):
-    """[value of rank 0, value of rank 1, ...], on every rank."""
-    values = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
-    if dist.is_initialized():
-        dist.all_gather_object(values, value, group=cpu_group())
-    return values
-
-
-def differ(value):
-    """Is it another one on some rank? value: dicts, lists, tensors, and what else differs in words."""
-    return dist.is_initialized() and len(set(everyone(crc_of(value)))) > 1
-
-
-def crc_of(value, crc=0):
-    """CRC of nested dicts and lists, tensors by their bits."""
-    if isinstance(value, dict):
-        value = [element for pair in value.items() for element in pair]
-    if isinstance(value, (list, tuple)):
-        for element in value:
-            crc = crc_of(element, crc)
-        return zlib.crc32(b'%d' % len(value), crc)
-    if torch.is_tensor(value):
-        return zlib.crc32(value.detach().cpu().reshape(-1).view(torch.uint8).numpy(), crc)
-    return zlib.crc32(str(value).encode(errors='backslashreplace'), crc)
-
-
-def shared_out(batches, rank, world_size, poll, work):
-    """[result of item 0, of item 1, ...], on every rank. batches: lists of the items' numbers, each of which is work(turn, batch) -> [result, ...] of one rank;
-    all take as many turns, with poll() before each."""
-    found = {}
-    for turn in range(rank, len(batches) + rank, world_size):
-        poll()
-        if turn < len(batches):
-            found.update(zip(batches[turn], work(turn, batches[turn]), strict=True))
-    poll()
-    found = {i: result for part in everyone(found) for i, result in part.items()}
-    return [found[i] for i in range(len(found))]
-
-
-def on_all_ranks(work, *arguments, hint=''):
-    """work(*arguments) on every rank. If the data are wrong on any, all end with its words and the hint: none may be left waiting for one that is gone."""
-    found, problem = None, ''
-    try:
-        found = work(*arguments)
-    except (ValueError, OSError, OverflowError, MemoryError) as error:
-        problem = f'{error or type(error).__name__}{hint}'
-    agree(problem)
-    return found
-
-
-def agree(problem, code=2):
-    """End all ranks if any has a problem (a sentence; '' = none): none may be left waiting for one that is gone."""
-    first = next(filter(None, everyone(problem)), '')
-    if first:
-        fail(first, code)
-
-
-def on_cpu(value):
-    """Nested dicts and lists with every tensor on the CPU."""
-    if isinstance(value, dict):
-        return {name: on_cpu(element) for name, element in value.items()}
-    return [on_cpu(element) for element in value] if isinstance(value, list) else value.cpu() if torch.is_tensor(value) else value
-
-
-def seed_generators(seed, rank, step):
-    """Seed this process's generators, all four kinds, from (seed, rank, step): ranks must not drop the same units."""
-    words = [int(word) for word in np.random.SeedSequence([seed, rank, step]).generate_state(4)]
-    torch.manual_seed(words[0] << 32 | words[1])  # the GPU's too
-    np.random.seed(words[2])
-    random.seed(words[3])
-
-
-def generator_states(device_type):
-    """The state of all of them as tensors and plain numbers: weights_only loading takes nothing else."""
-    _, keys, *numpy_rest = np.random.get_state()
-    version, words, gauss_next = random.getstate()
-    device = torch.empty(0, dtype=torch.uint8) if device_type == 'cpu' else getattr(torch, device_type).get_rng_state()
-    return dict(torch=torch.get_rng_state(), device_type=device_type, device=device, python=(version, torch.tensor(words), gauss_next),
-                numpy=(torch.from_numpy(keys.astype(np.int64)), *numpy_rest))
-
-
-def set_generator_states(states, device_type):
-    """Restore them; False, and nothing done, if they were taken on another kind of device."""
-    if states['device_type'] != device_type:
-        return False
-    torch.set_rng_state(states['torch'])
-    if device_type != 'cpu':
-        getattr(torch, device_type).set_rng_state(states['device'])
-    version, words, gauss_next = states['python']
-    random.setstate((version, tuple(words.tolist()), gauss_next))
-    keys, *numpy_rest = states['numpy']
-    np.random.set_state(('MT19937', keys.numpy().astype(np.uint32), *numpy_rest))
-    return True
-
-
-def sync(path):
-    """Force a file, or the names in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def write_whole(path, files):
-    """Write {'': content} as the file `path`, or {name: content} as a folder of files: whole or absent, also after a power cut.
-
-    Everything goes to path.tmp, is forced to the disk and then renamed. Content: bytes, JSON if the name ends so (null for NaN and infinity, which it has
-    not), else torch.save; a callable is called last with the folder for content that is made of the files before it. OSError or RuntimeError (which
-    torch.save raises) if the disk is full; path.tmp is gone then."""
-    temporary, is_folder = path + '.tmp', '' not in files
-    remove(temporary)
-    try:
-        if is_folder:
-            os.mkdir(temporary)
-        for name, content in files.items():
-            content = content(temporary) if callable(content) else content
-            with open(os.path.join(temporary, name) if name else temporary, 'wb') as file:
-                if (name or path).endswith('.json') and not isinstance(content, bytes):
-                    content = json.dumps(without_nan(content), indent=1).encode()
-                file.write(content) if isinstance(content, bytes) else torch.save(content, file)
-            sync(os.path.join(temporary, name) if name else temporary)
-        if is_folder:
-            sync(temporary)
-        if is_folder and os.path.lexists(path):
-            remove(path + '.was')
-            os.replace(path, path + '.was')  # a folder cannot be replaced in one step: for a moment only .was is there
-        os.replace(temporary, path)
-    finally:
-        remove(temporary)
-    sync(os.path.dirname(path) or '.')
-    if is_folder:
-        remove(path + '.was')
-
-
-def cannot_write(path, error):
-    folder = os.path.dirname(path) or '.'
-    free = shutil.disk_usage(folder).free if os.path.isdir(folder) else 0
-    return f'cannot write {path}: {error} ({free:,} bytes free); earlier checkpoints are intact'
-
-
-def write_together(path, files):
-    """write_whole on rank 0, its folder is made; every rank calls it, and a disk's problem ends them all."""
-    problem = ''
-    if master:
-        try:
-            os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-            write_whole(path, files)
-        except OSError as error:
-            problem = cannot_write(path, error)
-    agree(problem, 1)
+def gpt2_tokenizer_files(block_size):
+    """{name: bytes} of what transformers' GPT2Tokenizer reads, out of tiktoken's cache."""
+    load_tokenizer('gpt2')
+    words = dict(tokenizer_class='GPT2Tokenizer', model_max_length=block_size)
+    files = {'tokenizer_config.json': json.dumps(words).encode()}
+    for name, url in (('vocab.json', 'encoder.json'), ('merges.txt', 'vocab.bpe')):
+        # tiktoken keeps a file under the SHA-1 of its address
+        url = f'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{url}'
+        name_there = hashlib.sha1(url.encode()).hexdigest()
+        with open(os.path.join(os.environ['TIKTOKEN_CACHE_DIR'], name_there), 'rb') as file:
+            files[name] = file.read()
+    return files
 
 
 # Qwen3 (Qwen Team 2025, arXiv 2505.09388). Module names are those of the published weights. Rows of different length are padded on the
@@ -2440,3 +1586,1020 @@ def without_nan(value):
     if isinstance(value, dict):
         return {name: without_nan(element) for name, element in value.items()}
     return [without_nan(element) for element in value] if isinstance(value, list) else None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# ---- the four other scripts ----------------------------------------------------------------------
+# What follows is no model: finetune_dolly.py, pretrain_trm.py, finetune_addition.py and train_latent_prm.py import it until each has its own.
+
+def find_gpt(source):
+    """find_model, for which 'gpt2', 'gpt2-medium', 'gpt2-large' and 'gpt2-xl' are names too."""
+    repository = f'openai-community/{source}' if source in GPT_SIZES and source != 'tiny' else source
+    return find_model(source, repository, 'gpt2, gpt2-medium, gpt2-large, gpt2-xl, owner/name')
+
+
+def path_of_gpt(setting, source):
+    """find_gpt of what a setting names; ends the script if it is not there."""
+    try:
+        return find_gpt(source)
+    except OSError as error:
+        fail(f'--{setting}={error}{nearby(source)}')
+
+
+def read_safetensors(path):
+    """{name: tensor} of a .safetensors file, or of a folder with model.safetensors, in one file or in several."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    files = [path]
+    if os.path.isdir(path):
+        index = os.path.join(path, 'model.safetensors.index.json')
+        names = ['model.safetensors']
+        if os.path.exists(index):
+            try:
+                names = sorted({os.path.basename(name) for name in read_whole(index)['weight_map'].values()})  # an index cannot lead out of its folder
+            except (KeyError, TypeError, AttributeError) as error:
+                raise ValueError('its model.safetensors.index.json holds no weight_map') from error
+        files = [os.path.join(path, name) for name in names]
+    try:
+        return {name: tensor for file in files for name, tensor in load_file(file).items()}
+    except SafetensorError as error:
+        raise ValueError(f'{error}') from error
+
+
+def read_gpt(path, whole=False):
+    """GPT-2 weights as {'model': state dict of GPT, 'config': its shape in GPTConfig's names}, from a checkpoint of this repository
+    (with its 'tokenizer' and 'data_root'; if `whole`, all of it as it is), a folder or .safetensors of the transformers
+    library, nanoGPT's ckpt.pt, or a bare state dict, which tells n_head only if its size is a published one; with or without the
+    prefixes of torch.compile and DDP. ValueError if it is none of these or does not fit together."""
+    try:
+        return _read_gpt(path, whole)
+    except (AttributeError, TypeError, RuntimeError, IndexError, KeyError, OverflowError) as error:  # what hostile entries provoke
+        raise ValueError(f'{type(error).__name__}: {" ".join(str(error).split())[:200]}') from error
+
+
+def _read_gpt(path, whole):
+    config, stored = {}, {}
+    if os.path.isdir(path) or path.endswith('.safetensors'):
+        try:
+            config = read_whole(os.path.join(path if os.path.isdir(path) else os.path.dirname(path), 'config.json'))
+            weights = read_safetensors(path)
+        except FileNotFoundError as error:
+            raise ValueError(f'it lacks {os.path.basename(error.filename or str(error))}') from error
+        if not isinstance(config, dict):
+            raise ValueError('its config.json holds no settings')
+        fixed = dict(model_type='gpt2', layer_norm_epsilon=1e-5, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
+                     add_cross_attention=False, tie_word_embeddings=True)
+        for name, value in fixed.items():
+            if config.get(name, value) != value:
+                raise ValueError(f'config.json says {name} {config[name]!r}, this model has {value!r}')
+        config['activation'] = {'gelu_pytorch_tanh': 'gelu_new'}.get(name := str(config.get('activation_function', 'gelu_new')), name)
+        if config['activation'] not in ACTIVATIONS:
+            raise ValueError(f'config.json says activation_function {name!r}, known are {", ".join(ACTIVATIONS)}')
+    else:
+        stored = read_whole(path)
+        if not isinstance(stored, dict) or not isinstance(stored.get('model', stored), dict):
+            raise ValueError('it holds no weights')
+        if whole and 'step' in stored and 'model' in stored:
+            return stored
+        weights = stored.get('model', stored)
+        if isinstance(stored.get('model_args'), dict):  # nanoGPT's, whose activation is the exact GELU
+            config = dict(stored['model_args'], activation='gelu')
+        elif isinstance(stored.get('config'), dict):
+            config = stored['config']
+    ours = {}
+    for name, tensor in weights.items():
+        while name.startswith(('_orig_mod.', 'module.', 'transformer.')):
+            name = name.split('.', 1)[1]
+        if not torch.is_tensor(tensor) or not tensor.is_floating_point() and not name.endswith('attn.bias'):
+            raise ValueError(f'its entry {name!r} is no weight')
+        if not name.endswith(('.attn.bias', '.attn.masked_bias')):  # the causal mask, which old files hold
+            ours[name] = tensor.float()
+    if not {'wte.weight', 'wpe.weight', 'h.0.attn.c_attn.weight'} <= ours.keys():
+        raise ValueError(f'it holds no GPT-2 weights but {sorted(ours)[:3]}')
+    head = ours.pop('lm_head.weight', ours['wte.weight'])
+    if not torch.equal(head, ours['wte.weight']):
+        raise ValueError('its lm_head.weight differs from wte.weight, here they are one')
+    (vocab, C), block_size = ours['wte.weight'].shape, len(ours['wpe.weight'])
+    if ours['h.0.attn.c_attn.weight'].shape == (C, 3 * C):
+        ours = {name: tensor.t().contiguous() if name.endswith(CONV1D) else tensor for name, tensor in ours.items()}
+    n_layer = len({name.split('.')[1] for name in ours if name.startswith('h.')})
+    shape = dict(block_size=block_size, vocab_size=vocab, n_layer=n_layer, n_embd=C)
+    with torch.device('meta'):
+        expected = {name.removeprefix('transformer.'): p.shape for name, p in GPT(GPTConfig(n_head=1, **shape)).named_parameters()}
+    published = {(size['n_layer'], size['n_embd']): size['n_head'] for size in GPT_SIZES.values()}.get((n_layer, C), 0)
+    n_head, shape['activation'] = config.get('n_head', published), config.get('activation', 'gelu_new')
+    if type(n_head) is not int or n_head < 0 or n_head and C % n_head or str(shape['activation']) not in ACTIVATIONS:
+        raise ValueError(f'it says n_head {n_head!r} and activation {shape["activation"]!r} at a width of {C}')
+    if n_head:  # a bare state dict of a size of one's own cannot tell
+        shape['n_head'] = n_head
+    for name, size in expected.items():
+        if name not in ours and name.endswith('bias'):
+            ours[name] = torch.zeros(size)  # nanoGPT's bias=False
+    for name in sorted(expected.keys() | ours.keys()):
+        if name not in ours or name not in expected or ours[name].shape != expected[name]:
+            raise ValueError(f'{name} is {tuple(ours[name].shape) if name in ours else "missing"}, expected '
+                             f'{tuple(expected[name]) if name in expected else "no such weight"}')
+    found = {'model': {'transformer.' + name: ours[name] for name in expected}, 'config': shape}
+    if stored.get('tokenizer') in TOKENIZERS.values():
+        found['tokenizer'], found['data_root'] = stored['tokenizer'], str(config.get('data_root', ''))
+    return found
+
+
+def adopt_shape(config, shape, source, where):
+    """Make the shape that read_gpt found that of the settings (a Config), as if it had been typed; the data decide on vocab_size, and
+    a shorter block_size may be typed. ValueError if the settings say something else, or if nobody says n_head."""
+    if 'n_head' not in shape and 'n_head' not in config.given:
+        raise ValueError(f'{where} does not tell the number of heads: add --n_head')
+    for name, value in shape.items():
+        if name in config.given and config[name] != value and name not in ('block_size', 'vocab_size'):
+            raise ValueError(f'--{name}={config[name]} is not that of {where}: {value}')
+    size = dict(model=source) if source in GPT_SIZES else {}
+    config.restore({**size, **{name: value for name, value in shape.items() if name != 'vocab_size'}}, where)
+
+
+def begin_gpt(setting, config, checkpoint, file, strict):
+    """(checkpoint, its file): without one, that of the source which this setting of the Config names, else (None, ''); the shape of weights
+    alone becomes that of the settings. strict: a source that cannot be read ends the script, 'scratch' is none. Else it is a warning, and of a default that is
+    not there, like logs/model_19072.pt, the newest in its folder are tried, model_<number>.pt."""
+    sources, folder = [] if checkpoint or strict and config[setting] == 'scratch' else [config[setting]], os.path.dirname(config[setting])
+    if sources and not strict and setting not in config.given and not os.path.exists(sources[0]) and os.path.isdir(folder):
+        numbers = filter(None, (re.fullmatch(r'model_(\d{1,18})\.pt', name) for name in os.listdir(folder)))
+        sources = [os.path.join(folder, match[0]) for match in sorted(numbers, key=lambda match: -int(match[1]))] or sources
+    for source in sources:
+        try:
+            path = find_gpt(source)
+            checkpoint, file = read_gpt(path), path
+            config.restore({setting: source}, path)  # so that config.py repeats this run
+            break
+        except (ValueError, OSError) as error:
+            if strict:
+                fail(f'--{setting}={error}{nearby(source)}' if isinstance(error, OSError) else f'--{setting}={source}: {error}')
+            print0(f'WARNING: the pretrained checkpoint cannot be used: {error if isinstance(error, OSError) else f"{source}: {error}"}{nearby(source)}')
+    if checkpoint and 'step' not in checkpoint:
+        try:
+            adopt_shape(config, checkpoint['config'], config[setting], file)
+        except ValueError as error:
+            fail(error)
+    return checkpoint, file
+
+
+def fit_weights(weights, block_size, vocab_size, n_vocab):
+    """The state dict for a shorter block_size and for other padding (to vocab_size) of a vocabulary of n_vocab ids. New ids get the
+    mean of all embeddings: with zeros they would be the likeliest ids, since GPT-2's logits are all far below zero.
+    ValueError if it is not made for n_vocab ids, or too short."""
+    weights, wte, wpe = dict(weights), weights['transformer.wte.weight'], weights['transformer.wpe.weight']
+    if not n_vocab <= len(wte) <= max(vocab_size, -(-n_vocab // 64) * 64):
+        raise ValueError(f'it has {len(wte)} ids, the tokenizer has {n_vocab}')
+    if block_size > len(wpe):
+        raise ValueError(f'it has {len(wpe)} positions, fewer than block_size {block_size}')
+    new = vocab_size - len(wte)
+    weights['transformer.wte.weight'] = torch.cat((wte, wte.mean(0, keepdim=True).expand(new, -1))) if new > 0 else wte[:vocab_size]
+    weights['transformer.wpe.weight'] = wpe[:block_size]
+    return weights
+
+
+def export_files(weights, config, tokenizer):
+    """{name: content} of a folder that transformers' GPT2LMHeadModel.from_pretrained loads (see write_whole), from a state dict of
+    GPT and its GPTConfig. The padding of the vocabulary is left out. GPT-2's tokenizer is put in, if it is the model's, so that
+    lm-eval needs nothing else."""
+    from safetensors.torch import save
+    n_vocab, eot = tokenizer['vocab_size'], tokenizer['eot']
+    weights = dict(weights, **{'transformer.wte.weight': weights['transformer.wte.weight'][:n_vocab]})
+    weights = {name: (tensor.t() if name.endswith(CONV1D) else tensor).detach().cpu().contiguous() for name, tensor in weights.items()}
+    files = {'model.safetensors': save(weights, metadata={'format': 'pt'}), 'config.json': dict(
+        architectures=['GPT2LMHeadModel'], model_type='gpt2', activation_function=config.activation, n_positions=config.block_size,
+        vocab_size=n_vocab, n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd, n_inner=None, layer_norm_epsilon=1e-5,
+        attn_pdrop=config.dropout, embd_pdrop=config.dropout, resid_pdrop=config.dropout, bos_token_id=eot, eos_token_id=eot,
+        tie_word_embeddings=True, dtype='float32')}
+    if tokenizer['tokenizer'] == 'gpt2':
+        load_tokenizer('gpt2')
+        for name, url in (('vocab.json', 'encoder.json'), ('merges.txt', 'vocab.bpe')):  # tiktoken keeps a file under its address's SHA-1
+            address = f'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{url}'
+            with open(os.path.join(os.environ['TIKTOKEN_CACHE_DIR'], hashlib.sha1(address.encode()).hexdigest()), 'rb') as file:
+                files[name] = file.read()
+        files['tokenizer_config.json'] = dict(tokenizer_class='GPT2Tokenizer', model_max_length=config.block_size)
+    return files
+
+
+def make_optimizers(model, optimizer, lr, weight_decay, betas):
+    """[torch.optim.AdamW] or, for optimizer='muon', [AdamW, Muon]: Muon has the matrices of the blocks. Weight decay is for matrices
+    and embeddings, not for biases and norms.
+
+    Muon: Jordan et al. 2024, kellerjordan.github.io/posts/muon; its updates scaled to the size of AdamW's (arXiv 2502.16982)."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for_muon = {p for p in model.transformer.h.parameters() if p.dim() >= 2} if optimizer == 'muon' else set()
+    fused = dict(fused=parameters[0].device.type in ('cuda', 'cpu'))
+    optimizers = [torch.optim.AdamW([dict(params=[p for p in parameters if p.dim() >= 2 and p not in for_muon], weight_decay=weight_decay),
+                                     dict(params=[p for p in parameters if p.dim() < 2], weight_decay=0.0)], lr=lr, betas=betas, eps=1e-8, **fused)]
+    for group in optimizers[0].param_groups:  # its state now: if the first step made it, between the activations, it would break up the memory
+        for p in group['params']:
+            step = torch.zeros((), device=p.device if fused.get('fused') else 'cpu')
+            optimizers[0].state[p] = dict(step=step, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+    if for_muon:
+        optimizers.append(torch.optim.Muon([p for p in parameters if p in for_muon], lr=lr, weight_decay=weight_decay, momentum=0.95,
+                                           adjust_lr_fn='match_rms_adamw'))
+    return optimizers
+
+
+def optimizer_state(model, optimizers):
+    """The state of several torch.optim optimizers by the names of the parameters, full tensors, whichever optimizer has which."""
+    names = {p: name for name, p in model.named_parameters()}
+    return dict(state={names[p]: {key: value for key, value in state.items()} for o in optimizers for p, state in o.state.items()},
+                param_groups=[dict(group, params=[names[p] for p in group['params']], kind=type(o).__name__) for o in optimizers for group in o.param_groups])
+
+
+def load_optimizer_state(model, optimizers, stored):
+    """Load what optimizer_state returned; of its groups the lr alone, which a save before the next update shall repeat. ValueError
+    if it was another kind of optimizer."""
+    kinds = {name: group.get('kind') for group in stored['param_groups'] for name in group['params']}
+    names, shapes = {p: name for name, p in model.named_parameters()}, {name: p.shape for name, p in model.named_parameters()}
+    if unknown := stored['state'].keys() - names.values():
+        raise ValueError(f'its optimizer knows {sorted(map(str, unknown))[:3]}, this model does not')
+    for o in optimizers:
+        order = [names[p] for group in o.param_groups for p in group['params']]  # a state_dict numbers them in this order
+        if not stored['state'].keys() & set(order):
+            continue  # it has made no update yet
+        state, kind = {i: {key: value for key, value in stored['state'][name].items()} for i, name in enumerate(order)}, type(o).__name__
+        adam = {'step', 'exp_avg', 'exp_avg_sq'}
+        expected = dict(Muon={'momentum_buffer'}, AdamW=adam, AdamATan2=adam).get(kind)  # of another one whatever it stored, in its own shapes
+        if any(kinds.get(name) not in (None, kind) for name in order) or expected and any(now.keys() != expected for now in state.values()):
+            raise ValueError(f'the state of its optimizer is not that of {kind}')
+        for name, now in zip(order, state.values(), strict=True):  # load_state_dict does not look at shapes
+            if expected and any(torch.is_tensor(value) and value.dim() and value.shape != shapes[name] for value in now.values()):
+                raise ValueError('the state of its optimizer has other shapes than the weights')
+        o.load_state_dict(dict(o.state_dict(), state=state))
+    for group, there in zip([group for o in optimizers for group in o.param_groups], stored['param_groups'], strict=False):
+        group['lr'] = float(there['lr'])
+
+
+def sum_each(world_size, bucket):
+    """A communication hook for DistributedDataParallel: the mean over the ranks, each gradient summed by itself. DDP lays out its buckets anew after the first
+    backward pass of a process, and from three ranks on the order in which gloo and NCCL add depends on a number's place in what they are given: summed in
+    whole buckets, the first step after a resume would round in another way than without the stop."""
+    buffer, sums = bucket.buffer(), [dist.all_reduce(gradient, async_op=True) for gradient in bucket.gradients()]
+
+    def mean(last):
+        last.value()  # raises what went wrong
+        for one in sums[:-1]:  # gloo may end the last one before the others
+            one.wait()
+        return buffer.div_(world_size)
+    return sums[-1].get_future().then(mean)
+
+
+def sum_alike(net, world_size):
+    """sum_each for a DistributedDataParallel, where it matters: two numbers have one sum, in whatever order. On a CPU it is 12% of a small step."""
+    if world_size > 2:
+        net.register_comm_hook(world_size, sum_each)
+
+
+def total_norm(gradients):
+    """The norm of all numbers in these tensors, as torch.nn.utils.get_total_norm, which takes no mixture of split and other ones."""
+    if not any(hasattr(g, 'full_tensor') for g in gradients):
+        return torch.nn.utils.get_total_norm(gradients)
+    norms = [torch.linalg.vector_norm(g) for g in gradients]
+    return torch.linalg.vector_norm(torch.stack([n.full_tensor() if hasattr(n, 'full_tensor') else n for n in norms]))
+
+
+def norms_by_part(gradients):
+    """' | grad wte 1.00e-02 h.0.ln_1 ...', for a log line: the norm of every part of the model, from {name of a parameter: its gradient}."""
+    parts = {}
+    for name, gradient in gradients.items():
+        part = re.match(r'(?:\w+\.)*?\d+\.\w+|\w+', name.removeprefix('transformer.'))[0]  # a block's part, or what stands outside of the blocks
+        parts.setdefault(part, []).append(gradient)
+    return ' | grad ' + ' '.join(f'{part} {total_norm(some).item():.2e}' for part, some in parts.items())
+
+
+def git_commit():
+    """Of the scripts, 'unknown' if they are not under git."""
+    command = ['git', '-C', os.path.dirname(os.path.abspath(__file__)), 'describe', '--always', '--dirty']
+    return (subprocess.run(command, capture_output=True, text=True).stdout.strip() if shutil.which('git') else '') or 'unknown'
+
+
+def printable(text):
+    """The text without control codes, for a terminal."""
+    return re.sub(r'[^\n\t -~\xa0-\U0010ffff]', '\ufffd', text)
+
+
+def converse(answer):
+    """Print answer(line, number of the turn) to every line that is typed, until an empty one, end of file or Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    sys.stdin.reconfigure(errors='replace')
+    print0('an instruction and Enter; an empty line ends')
+    try:
+        for turn in range(10 ** 9):
+            line = input('> ').strip()
+            if not line:
+                break
+            print0(answer(line, turn))
+    except (EOFError, KeyboardInterrupt):
+        print0('')
+
+
+def tokenizer_of(checkpoint, file):
+    """The entry of TOKENIZERS that a checkpoint was trained with. Weights from elsewhere do not name theirs, their number of ids does."""
+    if 'step' in checkpoint or 'tokenizer' in checkpoint:
+        found = checkpoint.get('tokenizer')
+    else:
+        ids = checkpoint['config']['vocab_size']
+        found = next((known for known in TOKENIZERS.values() if known['vocab_size'] <= ids <= known['vocab_size'] + 63), TOKENIZERS['gpt2'])
+    if found not in TOKENIZERS.values():
+        fail(f'{file} names an unknown tokenizer')
+    return found
+
+
+def encoding_for_all(name, needed):
+    """load_tokenizer on every rank; where one has none, None on all ranks, with a message, or the end if it is needed."""
+    encoding, problem = None, ''
+    try:
+        encoding = load_tokenizer(name)
+    except OSError as error:
+        problem = str(error)
+    missing = next(filter(None, everyone(problem)), '')
+    fail_if(missing and needed, missing)
+    if missing:
+        print0(f'no samples: {missing}')
+    return None if missing else encoding
+
+
+def map_npy(path):
+    """The array of a .npy file, mapped, not read. ValueError says what is wrong with it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of a damaged header
+            return np.lib.format.open_memmap(path, mode='r')  # np.load would take other formats too
+    except OSError:
+        raise
+    except Exception as error:  # cut off, of objects; a hostile header can provoke any of them
+        raise ValueError(f'cannot be read: {" ".join(str(error).split())[:200]}') from error
+
+
+def open_shard(path):
+    """The tokens (n,) uint16 of one file, mapped, not read: llm.c's .bin (256 int32: 20240520, 1, n; then n uint16) or a
+    .npy array. ValueError says what is wrong with it."""
+    if path.endswith('.npy'):
+        tokens = map_npy(path)
+        if tokens.dtype != np.uint16 or tokens.ndim != 1:
+            raise ValueError(f'holds {tokens.dtype} of shape {tokens.shape}, expected one row of uint16')
+        return tokens
+    header, size = np.fromfile(path, '<i4', 256), os.path.getsize(path)
+    if len(header) < 256 or header[0] != 20240520 or header[1] != 1:
+        raise ValueError('does not start with the 1024-byte header 20240520, 1, number of tokens')
+    if size != 1024 + 2 * int(header[2]):
+        raise ValueError(f'is {size} bytes long, but its header says {header[2]} tokens = {1024 + 2 * int(header[2])} bytes')
+    return np.memmap(path, '<u2', 'r', offset=1024) if header[2] else np.zeros(0, np.uint16)
+
+
+def open_shards(folder, T, val_only=False):
+    """(training shards {name: tokens}, validation shards {name: tokens}, tokenizer) of a folder that prepare/ wrote.
+
+    Validation shards have `val` in their name, else it is the first. All ids are checked: an id beyond the vocabulary would
+    otherwise end a run hours later. T: tokens per row; what is left of a shard is not used. val_only: the training shards, which may
+    be large, are not opened. ValueError names file and place."""
+    if not os.path.isdir(folder):
+        raise ValueError(f'{folder} is no folder')
+    if os.path.isdir(os.path.join(folder, 'pieces')):
+        raise ValueError(f'{folder} is half made: run the prepare script again, it continues')
+    names = sorted(name for name in os.listdir(folder) if name.endswith(('.bin', '.npy')))
+    val_names = [name for name in names if 'val' in name] or names[:1]
+    if not names or len(names) == len(val_names) and not val_only:
+        raise ValueError(f'{folder} needs a validation and a training shard (.bin or .npy), it holds {names}')
+    name, tokenizer, shards = 'manifest.json', TOKENIZERS['gpt2'], {}
+    try:
+        if os.path.exists(os.path.join(folder, name)):
+            with open(os.path.join(folder, name), encoding='utf-8') as file:
+                manifest = json.load(file)
+            tokenizer = {key: manifest.get(key) for key in tokenizer}
+            if tokenizer not in TOKENIZERS.values():
+                raise ValueError(f'{tokenizer} is none of the known tokenizers')
+        for name in val_names if val_only else names:
+            shards[name] = tokens = open_shard(os.path.join(folder, name))
+            if not len(tokens):
+                raise ValueError('holds no tokens')
+            for i in range(0, len(tokens), 2 ** 24):
+                outside = np.flatnonzero(tokens[i:i + 2 ** 24] >= tokenizer['vocab_size'])
+                if len(outside):
+                    raise ValueError(f'token {i + outside[0]} is {tokens[i + outside[0]]}, outside the vocabulary of {tokenizer["vocab_size"]}')
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f'{os.path.join(folder, name)}: {error}') from error
+    train, val = {n: s for n, s in shards.items() if n not in val_names}, {n: shards[n] for n in val_names}
+    for part in [val] if val_only else [train, val]:
+        if all(len(tokens) <= T for tokens in part.values()):
+            raise ValueError(f'{folder}: {", ".join(part)} hold no row of {T} + 1 tokens')
+    return train, val, tokenizer
+
+
+def shard_rows(shards, T, rows):
+    """Rows (n, T + 1) int64 by number: row r of a shard is its tokens[r*T : r*T + T + 1], the rows of all shards are one list."""
+    tokens = list(shards.values())
+    first = np.cumsum([0] + [(len(t) - 1) // T for t in tokens])
+    picked = [tokens[s][(r - first[s]) * T:(r - first[s] + 1) * T + 1] for r, s in zip(rows, np.searchsorted(first, rows, 'right') - 1, strict=True)]
+    return torch.from_numpy(np.stack(picked).astype(np.int64))
+
+
+def forgetting_shards(config, checkpoint, tokenizer):
+    """{name: tokens} of the validation shards in the folder that the setting forgetting_root names; 'auto': that which the checkpoint was trained on. {} where
+    there is none. ValueError if it was typed and cannot be used."""
+    if config['forgetting_root'] == 'auto':  # it must not outlive the moment in which it is known
+        root = checkpoint.get('data_root', '') if checkpoint else ''
+        config.assign('forgetting_root', root if os.path.isdir(root) else '')
+        config.given.add('forgetting_root')
+    if not config['forgetting_root']:
+        return {}
+    try:
+        _, shards, theirs = open_shards(config['forgetting_root'], config['block_size'], val_only=True)
+    except ValueError as error:
+        if 'forgetting_root' in config.typed_here:
+            raise ValueError(f'--forgetting_root: {error} (without a folder, --forgetting_root=, it is not measured)') from error
+        print0(f'WARNING: forgetting is not measured: {error}')
+        return {}
+    if theirs != tokenizer:
+        raise ValueError(f'--forgetting_root={config["forgetting_root"]} holds {theirs["tokenizer"]} tokens, the rows {tokenizer["tokenizer"]}')
+    return shards
+
+
+# Instructions and answers: rows of their own, each a prompt and a response. They are not packed into full rows of block_size tokens:
+# an answer would stand at positions, and behind other rows' texts, where it never stands when the model is asked.
+
+def instruction_prompt(instruction, context=''):
+    """The text that asks for a response: that of databrickslabs/dolly, without its special tokens."""
+    context = f'Input:\n{context}\n\n' if context else ''
+    return ('Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n'
+            f'### Instruction:\n{instruction}\n\n{context}### Response:\n')
+
+
+def padded_length(length):
+    """Length of the rows of a batch whose longest one has `length` tokens: a multiple of 16, so that there are few different shapes."""
+    return -(-length // 16) * 16
+
+
+def bucketed(lengths, batch_size, seed, epoch):
+    """The micro-batches of an epoch: arrays of at most batch_size row numbers, each row once. The rows are shuffled and sorted by
+    length inside windows of 50 batches, so that those of a batch are of like length; then the batches are shuffled."""
+    generator = np.random.default_rng([seed, epoch])
+    order = generator.permutation(len(lengths))
+    windows = [order[i:i + 50 * batch_size] for i in range(0, len(order), 50 * batch_size)]
+    order = np.concatenate([window[np.argsort(lengths[window], kind='stable')] for window in windows])
+    batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+    return [batches[i] for i in generator.permutation(len(batches))]
+
+
+def open_rows(folder, block_size):
+    """(training rows, validation rows, tokenizer, names of the categories) of a folder that prepare/dolly.py wrote.
+
+    Rows: a dict of arrays, `tokens` (n,) uint16 of all rows one after another; for each row `start`, its first token's place in
+    them, `prompt` and `response`, its numbers of tokens, `category`; `files`: {name: [rows, CRC of it all]}; `left_out`: how many rows of more
+    than block_size + 1 tokens there are beside these. Everything is checked; ValueError names file and place."""
+    if not os.path.isdir(folder):
+        raise ValueError(f'{folder} is no folder')
+    name, splits = 'manifest.json', {'train': [], 'val': []}
+    if not os.path.exists(os.path.join(folder, name)):
+        raise ValueError(f'{folder} has no {name}, so it is half made: run the prepare script again')
+    try:
+        manifest = read_whole(os.path.join(folder, name))
+        tokenizer = {key: manifest.get(key) for key in TOKENIZERS['gpt2']}
+        categories = manifest.get('categories')
+        if tokenizer not in TOKENIZERS.values() or not isinstance(categories, list) or not all(isinstance(c, str) for c in categories):
+            raise ValueError(f'{tokenizer} is none of the known tokenizers, or categories {categories!r} are no names')
+        names = sorted(name for name in os.listdir(folder) if name.endswith('.npz'))
+        if 'files' in manifest and names != sorted(file['name'] for file in manifest['files']):
+            raise ValueError(f'it lists {[file["name"] for file in manifest["files"]]}, the folder holds {names}')
+        for name in names:
+            with np.load(os.path.join(folder, name), allow_pickle=False) as archive:  # it checks the CRC of what it reads
+                tokens, prompt, response, category = (archive[key] for key in ('tokens', 'prompt', 'response', 'category'))
+            if tokens.dtype != np.uint16 or not all(a.ndim == 1 and np.issubdtype(a.dtype, np.integer) for a in (tokens, prompt, response, category)):
+                raise ValueError(f'expected rows of whole numbers and uint16 tokens, it holds {tokens.dtype} {tokens.shape}, {prompt.dtype} {prompt.shape}')
+            prompt, response, category = (a.astype(np.int64) for a in (prompt, response, category))
+            if not len(prompt) == len(response) == len(category) > 0:
+                raise ValueError(f'{len(prompt)} prompts, {len(response)} responses, {len(category)} categories')
+            for what, wrong in (('an empty prompt or response', (prompt < 1) | (response < 1)), ('an absurd length', (prompt > 2 ** 31) | (response > 2 ** 31)),
+                                ('an unknown category', (category < 0) | (category >= len(categories)))):
+                if wrong.any():
+                    raise ValueError(f'row {np.flatnonzero(wrong)[0]} has {what}')
+            ends = np.cumsum(prompt + response)
+            if ends[-1] != len(tokens):
+                raise ValueError(f'its rows need {ends[-1]} tokens, it holds {len(tokens)}')
+            outside = np.flatnonzero(tokens >= tokenizer['vocab_size'])
+            if len(outside):
+                raise ValueError(f'token {outside[0]} is {tokens[outside[0]]}, outside the vocabulary of {tokenizer["vocab_size"]}')
+            unended = np.flatnonzero(tokens[ends - 1] != tokenizer['eot'])
+            if len(unended):
+                raise ValueError(f'row {unended[0]} does not end in end-of-text')
+            crc = zlib.crc32(b''.join(a.tobytes() for a in (tokens, prompt, response, category)))
+            splits['val' if 'val' in name else 'train'].append((name, tokens, prompt, response, category, crc))
+    except Exception as error:  # a hostile file can provoke any of them
+        raise ValueError(f'{os.path.join(folder, name)}: {" ".join(str(error).split())[:300] or type(error).__name__}') from error
+    found = []
+    for split, parts in splits.items():
+        if not parts:
+            raise ValueError(f'{folder} holds no {split} rows')
+        tokens, prompt, response, category = (np.concatenate([part[i] for part in parts]) for i in range(1, 5))
+        fits = prompt + response <= block_size + 1
+        if not fits.any():
+            raise ValueError(f'{folder}: no {split} row has at most block_size + 1 = {block_size + 1} tokens: take a model of a larger block_size '
+                             f'(--pretrained_checkpoint), or rows of prepare/dolly.py --max_length={block_size + 1}')
+        start = np.cumsum(prompt + response) - prompt - response
+        found.append(dict(tokens=tokens, start=start[fits], prompt=prompt[fits], response=response[fits], category=category[fits],
+                          files={part[0]: [len(part[2]), part[5]] for part in parts}, left_out=int((~fits).sum())))
+    return *found, tokenizer, categories
+
+
+def padded_rows(rows, chosen, block_size, eot, prompt_loss_weight=0.0):
+    """(inputs (b, T), targets (n,), places (n,), factors (n,)) of these rows as GPT.forward takes them: padded on the right, the loss on
+    responses and their end-of-text, and with this weight on prompts. No rows at all give one of padding, with one target of -1."""
+    longest = max([1, *(rows['prompt'][r] + rows['response'][r] - 1 for r in chosen)])
+    T = min(block_size, padded_length(longest))
+    x, y, factors = np.full((max(1, len(chosen)), T), eot), np.full((max(1, len(chosen)), T), -1), np.ones((max(1, len(chosen)), T), np.float32)
+    for i, r in enumerate(chosen):
+        prompt, n = rows['prompt'][r], rows['prompt'][r] + rows['response'][r]
+        ids = rows['tokens'][rows['start'][r]:rows['start'][r] + n]
+        first = 1 if prompt_loss_weight else prompt  # of the tokens that are to be predicted; the one before it sees it coming
+        x[i, :n - 1], y[i, first - 1:n - 1], factors[i, :prompt - 1] = ids[:-1], ids[first:], prompt_loss_weight
+    places = np.flatnonzero(y >= 0) if len(chosen) else np.zeros(1, int)
+    return tuple(torch.from_numpy(a) for a in (x, y.reshape(-1)[places], places, factors.reshape(-1)[places]))
+
+
+def rouge_l(candidate, reference):
+    """ROUGE-L (Lin 2004): F1 of the longest common subsequence of words, 0 to 1; words as the rouge_score package takes them."""
+    a, b = (re.findall('[a-z0-9]+', text.lower()) for text in (candidate, reference))
+    longest = [0] * (len(b) + 1)  # of all of a so far and the first j words of b
+    for word in a:
+        before = 0
+        for j, other in enumerate(b, 1):
+            before, longest[j] = longest[j], before + 1 if word == other else max(longest[j], longest[j - 1])
+    return 2 * longest[-1] / (len(a) + len(b)) if longest[-1] else 0.0
+
+
+def distinct_2(texts):
+    """Share of the pairs of neighbouring words, over all texts, that are different ones (Li et al. 2016, arXiv 1510.03055)."""
+    pairs = [pair for words in map(str.split, texts) for pair in zip(words, words[1:], strict=False)]
+    return len(set(pairs)) / len(pairs) if pairs else 0.0
+
+
+def judged_answers(rows, categories, n, encoding, answers):
+    """{measure: number} of the answers to the first n held-out rows of open_rows, in a fixed shuffled order.
+    answers(prompts, temperature) -> [(ids, did it end by itself)]."""
+    order = np.random.default_rng(0).permutation(len(rows['prompt']))
+    names = np.array(categories)[rows['category'][order]]
+
+    def prompts(chosen):
+        return [rows['tokens'][rows['start'][r]:rows['start'][r] + rows['prompt'][r]].tolist() for r in chosen]
+
+    greedy, sampled = (answers(prompts(order[:n]), temperature) for temperature in (0.0, 1.0))
+    found = {f'end rate, {how}': sum(ended for _, ended in some) / len(some) for how, some in (('greedy', greedy), ('sampled', sampled))}
+    found['distinct-2, greedy'] = distinct_2([encoding.decode(ids) for ids, _ in greedy])
+    for name in ('closed_qa', 'information_extraction'):  # whose answers stand in their contexts
+        asked, scores = order[names == name][:n], []
+        for r, (ids, _) in zip(asked, answers(prompts(asked), 0.0), strict=True):
+            reference = rows['tokens'][rows['start'][r] + rows['prompt'][r]:][:rows['response'][r] - 1]
+            scores.append(rouge_l(encoding.decode(ids), encoding.decode(reference.tolist())))
+        if scores:
+            found[f'ROUGE-L, {name}'] = sum(scores) / len(scores)
+    return found
+
+
+def before_after(before, after):
+    """Lines of a table of two columns, {name: number} each; one column if there is nothing before."""
+    if before:
+        yield f'{"":34}before    after'
+    for name, value in after.items():
+        yield f'{name:31}' + (f'{before[name]:9.4f}' if name in before else ' ' * 9) + f'{value:9.4f}'
+
+
+def both_answers(before, after, step):
+    """Two answers for a person; at step 0 the second one alone, which is that of before."""
+    return '\n'.join(f'    {name:6} | {line}' for name, answer in ((('before', before), ('after', after)) if step else (('before', after),))
+                     for line in answer.splitlines() or [''])
+
+
+def check_table(before, answers):
+    """ValueError if what a checkpoint stored of before the training is none: {measure: number}, {number of the prompt: answer}."""
+    if not all(type(name) is str and type(x) is float for name, x in before.items()) or not all(
+            type(i) is int and type(text) is str for i, text in answers.items()):
+        raise ValueError('its table is none')
+
+
+def overfitting(progress):
+    """At an evaluation: a warning if the validation loss is above its best while the train loss fell; a new sum of the train loss begins."""
+    if not progress['since_count']:
+        return
+    val, best, before, now = (progress[name] for name in ('val_loss', 'best_val_loss', 'train_loss_before', 'since_sum'))
+    now /= progress['since_count']
+    if val > best and now < before:
+        yield (f'Warning: Overfitting detected: val loss {val:.4f} is above its best, {best:.4f} at step {progress["best_step"]}, '
+               f'while the train loss fell from {before:.4f} to {now:.4f}')
+    progress.update(train_loss_before=now, since_sum=0.0, since_count=0)
+
+
+def read_whole(path):
+    """Content of a file of torch.save or of a .json, as plain values and CPU tensors. Nothing in the file is executed, a damaged
+    or hostile one is a ValueError: torch.load itself overlooks a flipped bit and tensors that claim more than they bring."""
+    try:
+        if path.endswith('.json'):
+            with open(path, encoding='utf-8') as file:
+                return json.load(file)
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()  # the first member whose CRC is wrong
+        if broken:
+            raise ValueError(f'{broken} in it is damaged')
+        content = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+        pending = [content]
+        while pending:
+            value = pending.pop()
+            pending += value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else []
+            if torch.is_tensor(value) and value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                raise ValueError('a tensor in it claims more numbers than it brings')
+            if torch.is_tensor(value) and value.is_complex():  # copied to real ones with a warning
+                raise ValueError('a tensor in it holds complex numbers')
+        return content
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a hostile file can provoke any of them
+        raise ValueError(f'{type(error).__name__}: {" ".join(str(error).split())[:200]}') from error
+
+
+def remove(path):
+    """Delete a file or a folder, whole or not at all: a half-deleted folder must not bear the name of a whole one."""
+    if os.path.isdir(path) and not os.path.islink(path):
+        if not path.endswith(('.tmp', '.old', '.was', '.gone')):  # these are no whole ones by their names
+            remove(path + '.gone')  # of a deletion that was killed
+            os.replace(path, path + '.gone')
+            path += '.gone'
+        shutil.rmtree(path)
+    elif os.path.lexists(path):
+        os.unlink(path)
+
+
+def whole_checkpoint(path, read, name):
+    """(checkpoint, '') or (None, what is wrong with the file or folder at `path`, for a message that begins with the path).
+
+    read: checkpoint_of of the script, see there. Weights alone come back as {'model': weights}. name: one like those of checkpoints, to
+    be looked for where the path is a folder of them."""
+    try:
+        found = read(path if os.path.exists(path) or not os.path.isdir(path + '.was') else path + '.was')  # see write_whole
+        if not isinstance(found, dict) or not isinstance(found.get('model', found), dict):
+            raise ValueError('it holds no weights')
+        found = found if 'model' in found else {'model': found}
+        if 'step' in found and not (type(found['step']) is type(found['log_bytes']) is int and found['step'] >= 0 and type(found['ranks']) is list
+                                    and type(found['config']) is type(found['given']) is dict):
+            raise ValueError('its entries are not those of a checkpoint')
+        wrong = [name for name, n in found.items() if str(name).endswith('_count') and not (type(n) is int and n >= 0)]
+        if 'step' in found and wrong:
+            raise ValueError(f'its {wrong[0]} is no count')
+        return found, ''
+    except FileNotFoundError:
+        return None, 'does not exist' + nearby(path)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        return None, f'cannot be read as a checkpoint ({error})' + (nearby(os.path.join(path, name)) if os.path.isdir(path) else '')
+
+
+def set_aside(paths):
+    """Give them the name .old; what had it before goes."""
+    for path in paths:
+        remove(path + '.old')
+        os.replace(path, path + '.old')
+
+
+def steps_on_disk(path_of, suffix=''):
+    """Steps of the checkpoints in a run's folder, ascending. Only names that path_of(step) of the script itself writes are ours."""
+    folder = os.path.dirname(path_of(0))
+    names = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+    steps = {int(digits) for name in names for digits in re.findall('[0-9]{1,18}', name)}
+    return sorted(s for s in steps if os.path.basename(path_of(s)) + suffix in names)
+
+
+def run_checkpoints(path_of):
+    """Paths of the checkpoints in a run's folder, newest first; the best one last, whatever its step, for where no other reads."""
+    best = path_of('best')
+    there = os.path.exists(best) or os.path.exists(best + '.was')  # see write_whole
+    return [path_of(s) for s in reversed(steps_on_disk(path_of))] + [best] * there
+
+
+def first_readable(paths, read, path_of, strict=False, weights_too=False):
+    """(checkpoint, its path, set of the paths before it that are damaged) of the first of the paths that reads whole; (None, '', ...) if none does. A
+    damaged one is named in a warning and left as it is; strict: it ends the script. weights_too: files of weights alone count. None: nothing is looked for."""
+    damaged = set()
+    for path in paths or ():
+        checkpoint, problem = whole_checkpoint(path, read, os.path.basename(path_of(0)))
+        if checkpoint and ('step' in checkpoint or weights_too):
+            return checkpoint, path, damaged
+        problem = problem or 'holds weights only'
+        if strict:
+            fail(f'{path} {problem}')
+        damaged.add(path)
+        print0(f'WARNING: {path} {problem}; it is left as it is')
+    if paths is not None and not damaged and not weights_too:
+        folder = os.path.dirname(path_of(0))
+        begun = os.path.exists(os.path.join(folder, 'config.py'))
+        print0(f'no checkpoint in {folder} yet: a new run begins' + f' ({folder}/config.py repeats the settings of the one that was begun there)' * begun)
+    return None, '', damaged
+
+
+def rotate(path_of, read, keep, permanent, damaged):
+    """Delete the checkpoints that are no longer wanted, once what replaces them is on the disk: the `keep` newest stay (0 = all; 1 only if the newest
+    reads whole, else 2), and those in `permanent`. Damaged files neither count nor go."""
+    for suffix in ('.tmp', '.gone'):  # of a save that was killed, of a folder's deletion that was
+        for s in [*steps_on_disk(path_of, suffix), 'best']:
+            remove(path_of(s) + suffix)
+    steps = [s for s in steps_on_disk(path_of) if path_of(s) not in damaged]
+    stay = 1 if keep == 1 and steps and whole_checkpoint(path_of(steps[-1]), read, '')[0] else max(keep, 2)
+    for s in steps[:-stay] if keep else []:
+        if s not in permanent:
+            remove(path_of(s))
+
+
+def locked(path):
+    """A descriptor that appends to the log of a run. As long as this process lives, no other gets one; ValueError if another has it."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ValueError('another process is training in it') from None
+    except OSError as error:  # a file system without locks
+        print0(f'WARNING: {path} cannot be locked ({error}): nothing keeps a second process out of this folder')
+    return descriptor
+
+
+def open_log(path, path_of, read, checkpoint, checkpoint_file, explicit):
+    """Make or enter the folder of a run; returns a descriptor that appends to its log. ValueError if the folder holds another run, or one that is at work.
+
+    checkpoint: what is resumed, None for a new run. If it lies in this folder, its log is cut back to where that step began (what follows will be written
+    again), and, if it was named explicitly, later checkpoints, which belong to another future, get the name .old."""
+    folder, start_step = os.path.dirname(path), checkpoint['step'] if checkpoint else 0
+    os.makedirs(folder, exist_ok=True)
+    in_place = checkpoint is not None and os.path.samefile(os.path.dirname(os.path.normpath(checkpoint_file)) or '.', folder)
+    if checkpoint and not in_place and run_checkpoints(path_of):
+        raise ValueError(f'{folder} already holds another run: choose an empty folder')
+    descriptor = locked(path)
+    if in_place and explicit:
+        later = [path_of(s) for s in steps_on_disk(path_of) if s > start_step]
+        best = whole_checkpoint(path_of('best'), read, '')[0]
+        later += [path_of('best')] if best and best.get('step', 0) > start_step else []
+        later += sorted(path for path, step in prm_checkpoints(os.path.join(glob.escape(folder), '*'), r'epoch_\d+|final').items() if step > start_step)
+        set_aside(later)
+        if later:
+            print0(f'set aside as *.old, later than step {start_step}:', ', '.join(later))
+    if not in_place and os.path.getsize(path):
+        set_aside([path])
+        descriptor = locked(path)
+        print0(f'set aside as {os.path.basename(path)}.old, of a run without a checkpoint: {path}')
+    if in_place and os.fstat(descriptor).st_size > checkpoint['log_bytes']:
+        os.ftruncate(descriptor, checkpoint['log_bytes'])
+    return descriptor
+
+
+def append(path, descriptor, text, stop):
+    """Add the text to the end of the log, nothing if it is not open (-1). A full disk is left in `stop` for poll(), where all ranks meet."""
+    data = text.encode(errors='backslashreplace')  # as on the terminal
+    try:
+        while data and descriptor >= 0:
+            data = data[os.write(descriptor, data):]
+    except OSError as error:
+        stop.number, stop.trouble = 1000, cannot_write(path, error)
+
+
+def watch_signals():
+    """SIGTERM and Ctrl-C no longer end the process: they leave their number in .number of what is returned (0: none came yet)."""
+    stop = SimpleNamespace(number=0, trouble='')
+
+    def on_signal(number, frame):
+        stop.number = number
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process at once; SIGTERM may come from several sides
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
+    return stop
+
+
+def same_data(there, here, names, data):
+    """ValueError if the loader_state of a checkpoint differs from the present one in one of these names."""
+    if not isinstance(there, dict):
+        raise ValueError('its data position is no dict')
+    for name in names:
+        if there[name] != here[name]:
+            raise ValueError(f'the data in {data} changed since, its {name} was {str(there[name])[:200]}: '
+                             'resume with that data, or begin a new run in another folder')
+
+
+NO_WANDB = SimpleNamespace(log=lambda values, step: None, finish=lambda: None)
+
+
+def start_wandb(project, name, config, folder, progress):
+    """The run of Weights & Biases; progress['wandb_id'] is its id, the same after a resume."""
+    try:
+        import wandb
+    except ImportError:
+        fail('--wandb_log needs the package wandb: pip install wandb')
+    run = wandb.init(project=project, name=name or None, config=dict(config), dir=folder, id=progress['wandb_id'] or None, resume='allow')
+    progress['wandb_id'] = run.id
+    return run
+
+
+def newest(paths):
+    """The one of the paths that was changed last, '' if there is none: a running training may delete some meanwhile."""
+    changed = {}
+    for path in paths:
+        try:
+            changed[path] = os.path.getmtime(path)
+        except FileNotFoundError:
+            pass
+    return max(changed, key=changed.get, default='')
+
+
+def ahead(batch, turns, count):
+    """Yields batch(step, micro_step) for each of these turns, while a thread prepares the next `count` ones."""
+    prepared, thread = deque(), ThreadPoolExecutor(1)
+    for turn in turns:
+        prepared.append(thread.submit(batch, *turn))
+        if len(prepared) > count:
+            yield prepared.popleft().result()
+    while prepared:
+        yield prepared.popleft().result()
+
+
+@lru_cache(maxsize=1)
+def cpu_group():
+    """The group for what the ranks tell each other beside gradients; every rank calls it for the first time at the same point."""
+    return dist.new_group(backend='gloo')
+
+
+def everyone(value):
+    """[value of rank 0, value of rank 1, ...], on every rank."""
+    values = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if dist.is_initialized():
+        dist.all_gather_object(values, value, group=cpu_group())
+    return values
+
+
+def differ(value):
+    """Is it another one on some rank? value: dicts, lists, tensors, and what else differs in words."""
+    return dist.is_initialized() and len(set(everyone(crc_of(value)))) > 1
+
+
+def crc_of(value, crc=0):
+    """CRC of nested dicts and lists, tensors by their bits."""
+    if isinstance(value, dict):
+        value = [element for pair in value.items() for element in pair]
+    if isinstance(value, (list, tuple)):
+        for element in value:
+            crc = crc_of(element, crc)
+        return zlib.crc32(b'%d' % len(value), crc)
+    if torch.is_tensor(value):
+        return zlib.crc32(value.detach().cpu().reshape(-1).view(torch.uint8).numpy(), crc)
+    return zlib.crc32(str(value).encode(errors='backslashreplace'), crc)
+
+
+def shared_out(batches, rank, world_size, poll, work):
+    """[result of item 0, of item 1, ...], on every rank. batches: lists of the items' numbers, each of which is work(turn, batch) -> [result, ...] of one rank;
+    all take as many turns, with poll() before each."""
+    found = {}
+    for turn in range(rank, len(batches) + rank, world_size):
+        poll()
+        if turn < len(batches):
+            found.update(zip(batches[turn], work(turn, batches[turn]), strict=True))
+    poll()
+    found = {i: result for part in everyone(found) for i, result in part.items()}
+    return [found[i] for i in range(len(found))]
+
+
+def on_all_ranks(work, *arguments, hint=''):
+    """work(*arguments) on every rank. If the data are wrong on any, all end with its words and the hint: none may be left waiting for one that is gone."""
+    found, problem = None, ''
+    try:
+        found = work(*arguments)
+    except (ValueError, OSError, OverflowError, MemoryError) as error:
+        problem = f'{error or type(error).__name__}{hint}'
+    agree(problem)
+    return found
+
+
+def agree(problem, code=2):
+    """End all ranks if any has a problem (a sentence; '' = none): none may be left waiting for one that is gone."""
+    first = next(filter(None, everyone(problem)), '')
+    if first:
+        fail(first, code)
+
+
+def on_cpu(value):
+    """Nested dicts and lists with every tensor on the CPU."""
+    if isinstance(value, dict):
+        return {name: on_cpu(element) for name, element in value.items()}
+    return [on_cpu(element) for element in value] if isinstance(value, list) else value.cpu() if torch.is_tensor(value) else value
+
+
+def seed_generators(seed, rank, step):
+    """Seed this process's generators, all four kinds, from (seed, rank, step): ranks must not drop the same units."""
+    words = [int(word) for word in np.random.SeedSequence([seed, rank, step]).generate_state(4)]
+    torch.manual_seed(words[0] << 32 | words[1])  # the GPU's too
+    np.random.seed(words[2])
+    random.seed(words[3])
+
+
+def generator_states(device_type):
+    """The state of all of them as tensors and plain numbers: weights_only loading takes nothing else."""
+    _, keys, *numpy_rest = np.random.get_state()
+    version, words, gauss_next = random.getstate()
+    device = torch.empty(0, dtype=torch.uint8) if device_type == 'cpu' else getattr(torch, device_type).get_rng_state()
+    return dict(torch=torch.get_rng_state(), device_type=device_type, device=device, python=(version, torch.tensor(words), gauss_next),
+                numpy=(torch.from_numpy(keys.astype(np.int64)), *numpy_rest))
+
+
+def set_generator_states(states, device_type):
+    """Restore them; False, and nothing done, if they were taken on another kind of device."""
+    if states['device_type'] != device_type:
+        return False
+    torch.set_rng_state(states['torch'])
+    if device_type != 'cpu':
+        getattr(torch, device_type).set_rng_state(states['device'])
+    version, words, gauss_next = states['python']
+    random.setstate((version, tuple(words.tolist()), gauss_next))
+    keys, *numpy_rest = states['numpy']
+    np.random.set_state(('MT19937', keys.numpy().astype(np.uint32), *numpy_rest))
+    return True
+
+
+def sync(path):
+    """Force a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def write_whole(path, files):
+    """Write {'': content} as the file `path`, or {name: content} as a folder of files: whole or absent, also after a power cut.
+
+    Everything goes to path.tmp, is forced to the disk and then renamed. Content: bytes, JSON if the name ends so (null for NaN and infinity, which it has
+    not), else torch.save; a callable is called last with the folder for content that is made of the files before it. OSError or RuntimeError (which
+    torch.save raises) if the disk is full; path.tmp is gone then."""
+    temporary, is_folder = path + '.tmp', '' not in files
+    remove(temporary)
+    try:
+        if is_folder:
+            os.mkdir(temporary)
+        for name, content in files.items():
+            content = content(temporary) if callable(content) else content
+            with open(os.path.join(temporary, name) if name else temporary, 'wb') as file:
+                if (name or path).endswith('.json') and not isinstance(content, bytes):
+                    content = json.dumps(without_nan(content), indent=1).encode()
+                file.write(content) if isinstance(content, bytes) else torch.save(content, file)
+            sync(os.path.join(temporary, name) if name else temporary)
+        if is_folder:
+            sync(temporary)
+        if is_folder and os.path.lexists(path):
+            remove(path + '.was')
+            os.replace(path, path + '.was')  # a folder cannot be replaced in one step: for a moment only .was is there
+        os.replace(temporary, path)
+    finally:
+        remove(temporary)
+    sync(os.path.dirname(path) or '.')
+    if is_folder:
+        remove(path + '.was')
+
+
+def cannot_write(path, error):
+    folder = os.path.dirname(path) or '.'
+    free = shutil.disk_usage(folder).free if os.path.isdir(folder) else 0
+    return f'cannot write {path}: {error} ({free:,} bytes free); earlier checkpoints are intact'
+
+
+def write_together(path, files):
+    """write_whole on rank 0, its folder is made; every rank calls it, and a disk's problem ends them all."""
+    problem = ''
+    if master:
+        try:
+            os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+            write_whole(path, files)
+        except OSError as error:
+            problem = cannot_write(path, error)
+    agree(problem, 1)
+
+
+
+
+def answered(model, prompts, max_new_tokens, temperature, top_k, top_p, n_vocab, eot, generator):
+    """[(ids before end-of-text, did it come?)] for prompts given as lists of ids, all in one batch (see GPT.generate)."""
+    lengths, device = torch.tensor([len(prompt) for prompt in prompts]), model.transformer.wte.weight.device
+    idx = torch.tensor([prompt + [eot] * (int(lengths.max()) - len(prompt)) for prompt in prompts], device=device)
+    rows = model.generate(idx, max_new_tokens, temperature, top_k, top_p, n_vocab, eot, generator, lengths).tolist()
+    rows = [row[len(prompt):len(prompt) + max_new_tokens] for prompt, row in zip(prompts, rows, strict=True)]
+    return [(row[:row.index(eot)], True) if eot in row else (row, False) for row in rows]
+
+
+def find_device(device, local_rank=-1):
+    """The name of the device that this process computes on: cpu, mps or cuda:0 and so on. '' = the best there is; one of a kind that is not there
+    becomes the CPU, with a warning; under torchrun each rank takes the GPU of its local_rank."""
+    usable = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available() and local_rank < 0, 'cpu': True}  # gloo knows no mps
+    device = device or next(name for name in usable if usable[name])
+    kind = device.split(':')[0]
+    if kind not in usable:
+        fail(f'--device={device}: expected cpu, cuda, cuda:1 or mps')
+    if not usable[kind]:
+        print0(f'WARNING: --device={device}, but PyTorch sees none here: using the CPU')
+        return 'cpu'
+    if kind == 'cuda':
+        device = f'cuda:{local_rank}' if local_rank >= 0 else 'cuda:0' if device == 'cuda' else device
+        last = f'cuda:{int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1)) - 1}' if local_rank >= 0 else device  # if it lacks one, the first rank says so
+        if last not in [f'cuda:{i}' for i in range(torch.cuda.device_count())]:
+            fail(f'no device {last}: this machine has {torch.cuda.device_count()} GPU(s)')
+        torch.cuda.set_device(device)
+    return device

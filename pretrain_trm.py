@@ -31,7 +31,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from configurator import configure, fail, fail_if, master, nearby, print0
+from configurator_old import configure, fail, fail_if, master, nearby, print0
 from model import PEAK_FLOPS, git_commit, load_optimizer_state, norms_by_part, optimizer_state, sum_alike, total_norm
 from model import NO_WANDB, agree, ahead, append, cannot_write, cpu_group, differ, everyone, find_device, first_readable, generator_states, on_all_ranks, on_cpu
 from model import open_log, rotate, run_checkpoints, same_data, seed_generators, set_generator_states, start_wandb, watch_signals, write_together, write_whole

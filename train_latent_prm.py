@@ -37,7 +37,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from configurator import configure, fail, fail_if, master, nearby, print0
+from configurator_old import configure, fail, fail_if, master, nearby, print0
 from model import PEAK_FLOPS, QwenLatentPRM, bucketed, by_question, check_paths, choice_lines, compared, find_model, git_commit, load_optimizer_state
 from model import make_optimizers, newest_prm_run, open_split, optimizer_state, ordered_pairs, padded_paths, path_tensors, paths_of, prm_checkpoints, prm_files
 from model import prm_line, prm_report, prm_step, read_prm, shared_out, steps_on_disk, sum_alike, table_lines, total_norm, training_stats

@@ -25,7 +25,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from configurator import LAUNCH, fail, nearby
+from configurator_old import LAUNCH, fail, nearby
 from model import map_npy, newest, read_whole
 
 IGNORE = -100  # label of a cell that does not count

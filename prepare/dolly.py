@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configurator import configure, fail, print0
 from model import bucketed, instruction_prompt, load_tokenizer, padded_length
-from prepare.fineweb import checked, download_bytes, one_line_errors, parsed, write_file, write_json
+from prepare.fineweb import checked, download_bytes, encode, one_line_errors, parsed, write_file, write_json
 
 # -----------------------------------------------------------------------------
 # settings
@@ -67,16 +67,15 @@ def examples(content, where):
 
 def tokens_of(encoding, instruction, context, response, counts):
     """(prompt ids, response ids), both with end-of-text, of at most max_length together; None if that cannot be."""
-    def ids(text):
-        return encoding.encode(text, disallowed_special=())  # a text that spells <|endoftext|> is ordinary text
     eot = [encoding.eot_token]
-    answer = ids(response) + eot
-    prompt = eot + ids(instruction_prompt(instruction, context))
+    answer = encode(encoding, response) + eot
+    prompt = eot + encode(encoding, instruction_prompt(instruction, context))
     if len(prompt) + len(answer) > max_length and context:
-        kept = ids(context)
+        kept = encode(encoding, context)
         while kept and len(prompt) + len(answer) > max_length:
             kept = kept[:min(len(kept) - 1, len(kept) + max_length - len(prompt) - len(answer))]
-            prompt = eot + ids(instruction_prompt(instruction, encoding.decode(kept, errors='ignore').strip()))
+            shortened = encoding.decode(kept, errors='ignore').strip()
+            prompt = eot + encode(encoding, instruction_prompt(instruction, shortened))
         counts['shortened'] += 1
     return (prompt, answer) if len(prompt) + len(answer) <= max_length else None
 

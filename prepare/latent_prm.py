@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configurator import configure, fail, print0
 from model import Qwen3, QwenTokenizer, answer_of, canonical, read_whole, remove, write_whole
-from prepare.fineweb import checked, download_bytes, one_line_errors, parsed, read_json, write_json
+from prepare.fineweb import checked, download_bytes, one_line_errors, parsed, pieces, read_json, write_json
 
 # -----------------------------------------------------------------------------
 # settings
@@ -260,6 +260,8 @@ def open_model():
         fail(f'--device={chosen}: {" ".join(str(error).split())[:150]}')
     try:
         tokenizer = QwenTokenizer.from_pretrained(model_path)
+        encode_piece = tokenizer.encode  # chat calls encode: tiktoken fails at a very long run of blanks
+        tokenizer.encode = lambda text: [token for piece in pieces(text) for token in encode_piece(piece)]
         model = Qwen3.from_pretrained(model_path).eval()
     except (OSError, ValueError) as error:
         fail(f'--model_path: {error}')

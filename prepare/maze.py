@@ -46,7 +46,7 @@ train_size = 10000  # generated mazes for training
 test_size = 1000   # generated mazes for the test
 seed = 0           # of the choice and of the generated mazes
 
-given = configure(globals()).given if __name__ == '__main__' else set()
+given = configure(globals()).typed if __name__ == '__main__' else set()
 
 URL = 'https://huggingface.co/datasets/sapientinc/maze-30x30-hard-1k/resolve/main/{}.csv'
 CELLS = '# SGo'
@@ -132,7 +132,7 @@ def write_puzzles(folder, split, chunks, identifiers, puzzle_indices, group_indi
 def read_csv(content, where):
     """(questions, answers) (n, rows, columns) uint8 of a csv."""
     try:
-        rows = list(csv.DictReader(io.StringIO(content.decode(), newline='')))
+        rows = list(csv.DictReader(io.StringIO(content.decode('utf-8-sig'), newline='')))
     except (UnicodeDecodeError, csv.Error) as error:
         fail(f'{where}: {error}')
     if not rows or not {'question', 'answer'} <= rows[0].keys():

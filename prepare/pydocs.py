@@ -1,13 +1,12 @@
-"""The default data of train_gpt2.py: English and code that every machine has, so that nothing is downloaded.
+"""The default data of train_gpt2.py: English and code that every machine has, without a download.
 
-The documentation and the source of the Python that runs this: the language reference in pydoc_data.topics, the standard
-library's .py files and the docstrings of the modules that are written in C. 11 MB of text with Python 3.11, one
-token per byte, in shards of 1 MB of which the first is for validation; a few seconds.
+The documentation and the source of the Python that runs this: the language reference in
+pydoc_data.topics, the standard library's .py files and the docstrings of the modules that are
+written in C. 11 MB of text with Python 3.11, one token per byte, in shards of 1 MB. The first one
+is for validation; a few seconds. The same Python always gives the same files.
 
     python prepare/pydocs.py
     python -m prepare.pydocs --output_dir=data/pydocs
-
-The same Python always gives the same files.
 """
 import hashlib
 import importlib.machinery
@@ -30,18 +29,19 @@ from prepare.fineweb import one_line_errors, write_shards
 # settings
 
 output_dir = 'data/pydocs'  # folder to write
-name = 'pydocs'             # the files are called {name}_val_000000.bin, {name}_train_000001.bin, ...
+name = 'pydocs'             # {name}_val_000000.bin, {name}_train_000001.bin, ...
 tokenizer = 'bytes'         # bytes | gpt2
-shard_size = 1000000        # tokens in a shard, at most: a tenth of all tokens where that is less
+shard_size = 1000000        # tokens in a shard, at most
 seed = 1337                 # of the order of the documents
 num_workers = 0             # threads that tokenise, 0 = one per core
 
 if __name__ == '__main__':
     configure(globals())
 
-# Tests, what was installed on top, compiled files, two programs; topics.py is read as documentation below.
-OMITTED = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__', 'idlelib', 'lib2to3', 'turtledemo', 'pydoc_data'}
-
+# Folders left out: tests, what was installed on top, compiled files, two programs; topics.py is
+# read as documentation below.
+OMITTED = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__', 'idlelib',
+           'lib2to3', 'turtledemo', 'pydoc_data'}
 
 def topics():
     """The language reference, one document per entry. Some distributions leave it out."""
@@ -51,55 +51,67 @@ def topics():
         return []
     return [entries[label] for label in sorted(entries)]
 
-
 def sources():
-    """(text of each .py file of the standard library, how many were left out because they are not UTF-8)"""
+    """(text of each .py file of the standard library, how many are not UTF-8 and left out)"""
     texts, not_utf8 = [], 0
     for folder, folders, files in os.walk(sysconfig.get_path('stdlib')):
-        folders[:] = sorted(set(folders) - OMITTED)  # in place: os.walk goes on with these, in this order
+        folders[:] = sorted(set(folders) - OMITTED)  # in place: os.walk goes on with these
         for file in sorted(files):
             path = Path(folder, file)
-            if path.suffix == '.py' and path.is_file() and not file.startswith('_sysconfigdata'):  # that one is compiler flags
-                try:
-                    texts.append(path.read_bytes().decode())
-                except UnicodeDecodeError:
-                    not_utf8 += 1
+            # _sysconfigdata*.py holds compiler flags
+            if path.suffix != '.py' or file.startswith('_sysconfigdata') or not path.is_file():
+                continue
+            try:
+                texts.append(path.read_bytes().decode())
+            except UnicodeDecodeError:
+                not_utf8 += 1
     return texts, not_utf8
 
-
 def c_modules():
-    """The modules of the standard library that have no .py file. Which of them exist differs between systems."""
+    """The modules of the standard library without a .py file. Which exist depends on the system."""
+    extensions = tuple(importlib.machinery.EXTENSION_SUFFIXES)
     for module_name in sorted(sys.stdlib_module_names):
-        if module_name.lstrip('_').startswith(('test', 'xx', 'readline')):  # CPython's own tests; readline writes to the terminal
+        # CPython's own tests; readline writes to the terminal
+        if module_name.lstrip('_').startswith(('test', 'xx', 'readline')):
             continue
         spec = importlib.util.find_spec(module_name)
-        if spec and spec.origin and (spec.origin == 'built-in' or spec.origin.endswith(tuple(importlib.machinery.EXTENSION_SUFFIXES))):
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter('ignore')  # some are about to be removed from Python and say so
-                    module = importlib.import_module(module_name)
-            except ImportError:  # a library of the system that it needs, such as Tk, is not there
-                continue
-            yield module
+        if not spec or not spec.origin:
+            continue
+        if spec.origin != 'built-in' and not spec.origin.endswith(extensions):
+            continue
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore')  # some are about to be removed from Python
+                module = importlib.import_module(module_name)
+        except ImportError:  # a library of the system that it needs, such as Tk, is not there
+            continue
+        yield module
 
+def documented(module):
+    """(path, object) of everything public in a module and in its classes."""
+    for key, value in sorted(vars(module).items()):
+        # sys.excepthook may be anybody's, sys.__excepthook__ is the original
+        value = vars(module).get(f'__{key}__', value)
+        if key.startswith('_') or not (inspect.isbuiltin(value) or inspect.isclass(value)):
+            continue
+        yield key, value
+        if inspect.isclass(value):
+            for member, thing in sorted(vars(value).items()):
+                if not member.startswith('_'):
+                    yield f'{key}.{member}', thing
 
 def docstrings():
     """What help() knows of the C modules, one document per module."""
     texts = []
     for module in c_modules():
-        lines = [f'{module.__name__}\n\n{module.__doc__ or ""}']
-        for key, value in sorted(vars(module).items()):
-            value = vars(module).get(f'__{key}__', value)  # sys.excepthook may be anybody's, sys.__excepthook__ is the original
-            if key.startswith('_') or not (inspect.isbuiltin(value) or inspect.isclass(value)):
-                continue
-            members = sorted(vars(value).items()) if inspect.isclass(value) else []
-            for path, thing in [(key, value)] + [(f'{key}.{member}', thing) for member, thing in members if not member.startswith('_')]:
-                doc = getattr(thing, '__doc__', None)
-                if isinstance(doc, str):
-                    lines.append(f'{module.__name__}.{path}{getattr(thing, "__text_signature__", None) or ""}\n\n{doc}')
-        texts.append('\n\n'.join(lines) + '\n')
+        parts = [f'{module.__name__}\n\n{module.__doc__ or ""}']
+        for path, thing in documented(module):
+            doc = getattr(thing, '__doc__', None)
+            if isinstance(doc, str):
+                signature = getattr(thing, '__text_signature__', None) or ''
+                parts.append(f'{module.__name__}.{path}{signature}\n\n{doc}')
+        texts.append('\n\n'.join(parts) + '\n')
     return texts
-
 
 if __name__ == '__main__':
     with one_line_errors(sysconfig.get_path('stdlib')):
@@ -109,13 +121,13 @@ if __name__ == '__main__':
     digest = hashlib.sha256()
     for text in documents:
         digest.update(text.encode() + b'\0')
-    source = {'name': f'Python {platform.python_version()}', 'documents': len(documents), 'not_utf8': not_utf8,
-              'sha256': digest.hexdigest()}
+    source = {'name': f'Python {platform.python_version()}', 'documents': len(documents),
+              'not_utf8': not_utf8, 'sha256': digest.hexdigest()}
 
     def stream(file, document):
         if file == 0:
             for number in range(document, len(documents)):
                 yield 0, number, documents[number], (number + 1) / len(documents)
 
-    write_shards(output_dir, {'name': name, 'tokenizer': tokenizer, 'shard_size': shard_size, 'seed': seed, 'source': [source]},
-                 stream, num_workers)
+    write_shards(output_dir, dict(name=name, tokenizer=tokenizer, shard_size=shard_size, seed=seed,
+                                  source=[source]), stream, num_workers)

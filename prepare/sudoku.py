@@ -47,7 +47,7 @@ train_size = 2000         # generated puzzles for training
 test_size = 500           # generated puzzles for the test
 seed = 0                  # of the choice, the copies and the generated puzzles; 0 = a seed like any other
 
-given = configure(globals()).given if __name__ == '__main__' else set()
+given = configure(globals()).typed if __name__ == '__main__' else set()
 
 URL = 'https://huggingface.co/datasets/sapientinc/sudoku-extreme/resolve/main/{}.csv'
 BOXES = {4: (2, 2), 6: (2, 3), 9: (3, 3)}  # rows and columns of a box
@@ -58,7 +58,7 @@ BOXES = {4: (2, 2), 6: (2, 3), 9: (3, 3)}  # rows and columns of a box
 
 def table(content, where):
     """Rows (dicts) of a csv with the columns question and answer, one after another."""
-    reader = csv.DictReader(io.TextIOWrapper(io.BytesIO(content), 'utf-8', newline=''))
+    reader = csv.DictReader(io.TextIOWrapper(io.BytesIO(content), 'utf-8-sig', newline=''))
     try:
         if not {'question', 'answer'} <= set(reader.fieldnames or ()):
             fail(f'{where}: expected a csv with the columns question and answer')
