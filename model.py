@@ -245,9 +245,10 @@ class GPT(nn.Module):
         n = sum(p.numel() for p in self.parameters()) - self.transformer.wpe.weight.numel()
         return 6 * n + 12 * self.config.n_layer * self.config.n_embd * T
 
-    def mfu(self, tokens_per_second, T, device):
+    def mfu(self, tokens_per_second, T):
         """Share of the FLOP/s that a GPU's maker states, as text; '-' if that is not known."""
-        name = torch.cuda.get_device_name(device) if 'cuda' in str(device) else ''
+        device = self.transformer.wte.weight.device
+        name = torch.cuda.get_device_name(device) if device.type == 'cuda' else ''
         for known, flops in PEAK_FLOPS.items():
             if known in name:
                 return f'{100 * tokens_per_second * self.flops_per_token(T) / flops:.1f}%'
@@ -273,12 +274,31 @@ class GPT(nn.Module):
             optimizers.append(Muon([p for p in parameters if p in muon], lr, weight_decay))
         return optimizers
 
+    def gradient_norms(self):
+        """' | grad wte 1.00e-02 wpe ... 0 ... 1 ...' for a log line: every part's, every block's."""
+        parts = dict(self.transformer.items()) | dict(self.transformer.h.named_children())
+        del parts['h']
+        norms = {name: whole(torch.nn.utils.get_total_norm([p.grad for p in part.parameters()]))
+                 for name, part in parts.items()}
+        return ' | grad ' + ' '.join(f'{name} {norm.item():.2e}' for name, norm in norms.items())
+
+    def shard(self, device_type, copies, ranks):
+        """FSDP2: split every weight over `ranks` ranks, in `copies` copies; see whole, split_like."""
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+        mesh = init_device_mesh(device_type, (copies, ranks), mesh_dim_names=('copies', 'ranks'))
+        for part in [*self.transformer.h, self]:
+            fully_shard(part, mesh=mesh)
+        register_fsdp_forward_method(self, 'generate')
+
     @torch.no_grad()
     def resize(self, block_size, vocab_size):
         """Cut the position table to a shorter block_size, cut or pad the vocabulary to vocab_size.
 
         New ids get the mean of all embeddings: with zeros they would be the likeliest ids, since
         GPT-2's logits are all far below zero. ValueError if block_size is longer."""
+        if (block_size, vocab_size) == (self.config.block_size, self.config.vocab_size):
+            return
         if block_size > self.config.block_size:
             raise ValueError(f'block_size {block_size} is over its {self.config.block_size}')
         wte, wpe = self.transformer.wte.weight, self.transformer.wpe.weight
@@ -452,6 +472,24 @@ def orthogonal(x):
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
     return (x.mT if tall else x).to(dtype)
+
+
+def whole(state):
+    """Tensors, nested in dicts and lists or not, that are whole where GPT.shard split them."""
+    if isinstance(state, dict):
+        return {name: whole(value) for name, value in state.items()}
+    if isinstance(state, list):
+        return [whole(value) for value in state]
+    return state.full_tensor() if hasattr(state, 'full_tensor') else state
+
+
+def split_like(optimizer):
+    """The reverse: split an optimizer's whole tensors as its parameters are."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+    for p, state in optimizer.state.items():
+        for name, tensor in state.items():
+            if isinstance(p, DTensor) and tensor.shape == p.shape:
+                state[name] = distribute_tensor(tensor, p.device_mesh, p.placements)
 
 
 # ---- weights in and out ------------------------------------------------------------------------

@@ -1,8 +1,6 @@
 """GPT-2 pretraining: from a 0.8M-parameter model on a laptop to GPT-2 124M on many nodes.
 
-What to expect: command 1 of the README reaches a validation loss of @LOSS@ nats per byte.
-
-Laptop CPU, no download (the documentation and source of your own Python, a few minutes):
+Laptop CPU, no download (text of your own Python; a validation loss of @LOSS@ nats per byte):
     python prepare/pydocs.py
     python train_gpt2.py --model=tiny --data_root=data/pydocs
 One GPU (GPT-2 124M, FineWeb-Edu from prepare/fineweb.py):
@@ -10,9 +8,6 @@ One GPU (GPT-2 124M, FineWeb-Edu from prepare/fineweb.py):
 Eight GPUs, one epoch of the 10B-token sample:
     torchrun --standalone --nproc_per_node=8 train_gpt2.py --dtype=bfloat16 --compile \
         --batch_size=64 --max_steps=19073 --warmup_steps=715
-Two nodes (on the second one --node_rank=1; both must see log_dir):
-    torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=192.168.1.1 \
-        --master_port=29500 train_gpt2.py --dtype=bfloat16 --compile
 Interrupted, by whatever and at whatever moment:
     python train_gpt2.py --auto_resume
 """
@@ -25,19 +20,19 @@ import sys
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import asdict, fields
 from functools import lru_cache
 
-os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'ERROR')  # else DDP, as used here, warns on every rank
+os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'ERROR')  # DDP as used here warns on every rank
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from configurator import configure, fail, print0
-from model import GPT, GPT_SIZES, GPTConfig, load_tokenizer, read_checkpoint
+from model import GPT, GPT_SIZES, GPTConfig, load_tokenizer, read_checkpoint, split_like, whole
 from prepare.fineweb import open_shards, read_rows
 
 # ---- settings ----------------------------------------------------------------------------------
@@ -126,8 +121,13 @@ PRESETS = {
 }
 # modes that read a model and start no run
 one_shot = eval_only or 'generate' in config.typed or 'export' in config.typed
-if checkpoint_path and not one_shot:
-    log_dir = os.path.dirname(checkpoint_path) or '.'  # a run goes on where it was
+
+def checked(function, *arguments, **more):
+    """The function's result. What a user can mend ends the script with one line."""
+    try:
+        return function(*arguments, **more)
+    except (OSError, ValueError) as error:
+        fail(error)
 
 def checkpoint_name(step):
     return os.path.join(log_dir, f'model_{step:05d}.pt')
@@ -137,47 +137,41 @@ def checkpoint_steps():
     names = os.listdir(log_dir) if os.path.isdir(log_dir) else []
     return sorted(int(name[6:-3]) for name in names if re.fullmatch(r'model_\d{5,}\.pt', name))
 
-def load_checkpoint():
-    """(content, path) of the one typed, else of the newest in log_dir that is whole."""
-    paths = [checkpoint_name(step) for step in reversed(checkpoint_steps())]
-    if os.path.exists(best_name):
-        paths.append(best_name)
-    for path in [checkpoint_path] if checkpoint_path else paths:
-        try:
-            return read_checkpoint(path), path
-        except (OSError, ValueError) as error:
-            if checkpoint_path:
-                fail(f'{error}; {log_dir} holds the steps {checkpoint_steps()}')
-            print0(f'WARNING: {error}')
-    return {}, ''
-
+# Which checkpoint does this launch read? The one typed, else the newest in log_dir that is whole.
+if checkpoint_path and not one_shot:
+    log_dir = os.path.dirname(checkpoint_path) or '.'  # a run goes on where it was
 best_name = os.path.join(log_dir, 'model_best.pt')
+in_folder = [checkpoint_name(step) for step in reversed(checkpoint_steps())]
+in_folder += [best_name] if os.path.exists(best_name) else []
 checkpoint, checkpoint_file = {}, ''
-if checkpoint_path or resume or auto_resume or (one_shot and init_from == 'scratch'):
-    checkpoint, checkpoint_file = load_checkpoint()
+if checkpoint_path:
+    checkpoint, checkpoint_file = checked(read_checkpoint, checkpoint_path), checkpoint_path
+elif resume or auto_resume or (one_shot and init_from == 'scratch'):
+    for path in in_folder:
+        try:
+            checkpoint, checkpoint_file = read_checkpoint(path), path
+            break
+        except ValueError as error:
+            print0(f'WARNING: {error}')
 if checkpoint and 'model_config' not in checkpoint:
     fail(f'{checkpoint_file} holds weights alone: --init_from={checkpoint_file} begins with them')
-if not checkpoint and not one_shot and (checkpoint_steps() or os.path.exists(best_name)):
-    fail(f'{log_dir} holds a run already: --auto_resume continues it if one of its checkpoints '
-         'can be read, --log_dir names another folder')
-if not checkpoint and one_shot and init_from == 'scratch':
+if not checkpoint and in_folder and not one_shot:
+    fail(f'{log_dir} holds checkpoints of a run: --auto_resume continues it, if one can be read')
+if not checkpoint and init_from == 'scratch' and one_shot:
     fail(f'no checkpoint in {log_dir}: name one with --checkpoint_path')
 
-# Settings: default < preset < the run's own < typed. A model that is there has its own shape.
-shape, pretrained = checkpoint.get('model_config', {}), None
+# Settings: default < preset < the stored run's < typed. The weights decide on the model's shape.
+pretrained = None
 if checkpoint:
     config.restore(checkpoint['config'], checkpoint_file)
-    shape = dict(shape, optimizer=checkpoint['config']['optimizer'])
+    shape = dict(checkpoint['model_config'], optimizer=checkpoint['config']['optimizer'])
 else:
     config.fill({**GPT_SIZES[model], **PRESETS.get(model, {})})
     if model == 'tiny' and optimizer == 'adamw':
         config.fill(dict(max_lr=4e-3))
     if init_from != 'scratch':
-        try:
-            pretrained = GPT.from_pretrained(init_from, dropout=dropout)
-        except (OSError, ValueError) as error:
-            fail(error)
-        shape = asdict(pretrained.config)
+        pretrained = checked(GPT.from_pretrained, init_from, dropout=dropout)
+    shape = asdict(pretrained.config) if pretrained else {}
 for name in shape.keys() - {'dropout', 'vocab_size'}:
     cut = pretrained and name == 'block_size' and block_size < shape[name]
     if name in config.typed and config[name] != shape[name] and not cut:
@@ -186,7 +180,7 @@ for name in shape.keys() - {'dropout', 'vocab_size'}:
 if min_lr < 0:
     min_lr = max_lr / 10
 if warmup_steps > max_steps:
-    print0(f'WARNING: warmup_steps {warmup_steps} is over max_steps {max_steps}: no max_lr')
+    print0(f'WARNING: {warmup_steps} warmup_steps in {max_steps} steps: max_lr is never reached')
 
 # ---- devices and ranks (=) ---------------------------------------------------------------------
 # torchrun sets all of these variables; a cluster that exports some of them makes no ranks
@@ -210,15 +204,21 @@ if ddp:
     # a store of its own for each of torchrun's restarts: dead workers' keys stay behind
     restart = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
     store = dist.PrefixStore(restart, next(rendezvous('env://'))[0])
-    # nccl for gradients, gloo for objects and for what is on the CPU
+    # nccl for gradients, gloo for what is on the CPU
     backend = 'cpu:gloo,cuda:nccl' if device_type == 'cuda' else 'gloo'
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+
+def gathered(value):
+    """[value of rank 0, value of rank 1, ...], on every rank."""
+    values = [value] * world_size
+    if ddp:
+        dist.all_gather_object(values, value)
+    return values
+
 if deterministic:
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     torch.use_deterministic_algorithms(True)
-autocast = nullcontext()
-if dtype != 'float32':
-    autocast = torch.autocast(device_type, getattr(torch, dtype))
+autocast = torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != 'float32')
 # small float16 gradients would round to zero: the scaler multiplies the loss
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
 
@@ -234,7 +234,6 @@ if 'total_batch_size' in config.typed and 'grad_accumulation_steps' not in confi
     grad_accumulation_steps = 0  # a stored one
 if grad_accumulation_steps:
     total_batch_size = grad_accumulation_steps * batch_size * T
-    print0(f'total_batch_size = {total_batch_size:,} tokens')
 micro_total = batch_size * T * world_size  # tokens of one micro-step over all ranks
 accumulation = total_batch_size // micro_total  # micro-steps per step
 if total_batch_size % micro_total and not one_shot:
@@ -244,15 +243,10 @@ if total_batch_size % micro_total and not one_shot:
 rows_per_step = total_batch_size // T
 
 train_shards, val_shards = {}, {}
-known = pretrained.tokenizer if pretrained else checkpoint.get('tokenizer')
-if one_shot and not eval_only:
-    tokenizer = known or fail(f'{init_from}: its tokenizer is not known')
-else:
-    try:
-        train_shards, val_shards, tokenizer = open_shards(data_root, T)
-    except (OSError, ValueError) as error:
-        fail(f'{error}; to make data: python prepare/fineweb.py, or without a download python '
-             'prepare/pydocs.py, then --model=tiny --data_root=data/pydocs')
+tokenizer = pretrained.tokenizer if pretrained else checkpoint.get('tokenizer')
+if not one_shot or eval_only:
+    known = tokenizer
+    train_shards, val_shards, tokenizer = checked(open_shards, data_root, T)
     if known and known != tokenizer:
         fail(f'{checkpoint_file or init_from} was trained on {known["tokenizer"]} tokens, '
              f'{data_root} holds {tokenizer["tokenizer"]}')
@@ -301,35 +295,24 @@ def batches(step):
 
 # ---- model and optimizer -----------------------------------------------------------------------
 torch.manual_seed(seed)  # the same first weights on every rank
-ids = vocab_size if vocab_size > 0 else -(-tokenizer['vocab_size'] // 64) * 64
-if ids < tokenizer['vocab_size']:
-    fail(f'vocab_size {ids} is less than the tokenizer has, {tokenizer["vocab_size"]}')
 if checkpoint:
     shape = dict(checkpoint['model_config'], dropout=dropout)
+    raw_model = GPT(GPTConfig(**shape))
+    raw_model.load_state_dict(checkpoint['model'])
 else:
     shape = {f.name: config[f.name] for f in fields(GPTConfig) if f.name in config}
-    shape['vocab_size'] = ids
-try:
-    raw_model = pretrained or GPT(GPTConfig(**shape))
-except ValueError as error:
-    fail(error)
-if pretrained:
-    raw_model.resize(block_size, ids)
-if checkpoint:
-    raw_model.load_state_dict(checkpoint['model'])
+    if vocab_size < 0:
+        shape['vocab_size'] = -(-tokenizer['vocab_size'] // 64) * 64
+    raw_model = pretrained or checked(GPT, GPTConfig(**shape))
+    raw_model.resize(block_size, shape['vocab_size'])
+if raw_model.config.vocab_size < tokenizer['vocab_size']:
+    fail(f'vocab_size {vocab_size} is less than the tokenizer has, {tokenizer["vocab_size"]}')
 raw_model.to(device)
 if model_parallel and not one_shot:
     if not ddp or world_size % model_parallel_size or optimizer == 'muon' or dtype == 'float16':
         fail(f'--model_parallel wants {model_parallel_size} ranks of torchrun or a multiple, '
              '--optimizer=adamw, and float32 or bfloat16')
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-    from torch.distributed.tensor import distribute_tensor
-    mesh = (world_size // model_parallel_size, model_parallel_size)
-    mesh = init_device_mesh(device_type, mesh, mesh_dim_names=('copies', 'shards'))
-    for part in [*raw_model.transformer.h, raw_model]:
-        fully_shard(part, mesh=mesh)
-    register_fsdp_forward_method(raw_model, 'generate')
+    raw_model.shard(device_type, world_size // model_parallel_size, model_parallel_size)
 optimizers = raw_model.make_optimizers(optimizer, max_lr, weight_decay, (beta1, beta2))
 
 # ---- learning rate -----------------------------------------------------------------------------
@@ -350,29 +333,25 @@ def get_lr(step):
 # ---- generators (=) ----------------------------------------------------------------------------
 def generator_states():
     """The states of all random generators of this rank, as values that weights_only loads."""
-    version, words, gauss_next = random.getstate()
     kind, keys, *others = np.random.get_state()
-    states = dict(torch=torch.get_rng_state(), python=(version, torch.tensor(words), gauss_next),
-                  numpy=(kind, torch.from_numpy(keys.astype(np.int64)), *others))
+    states = dict(python=random.getstate(), numpy=(kind, keys.tolist(), *others),
+                  torch=torch.get_rng_state())
     if device_type == 'cuda':
         states['cuda'] = torch.cuda.get_rng_state()
     return states
 
 def set_generator_states(states):
-    version, words, gauss_next = states['python']
-    random.setstate((version, tuple(words.tolist()), gauss_next))
-    kind, keys, *others = states['numpy']
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *others))
+    random.setstate(states['python'])
+    np.random.set_state(states['numpy'])
     torch.set_rng_state(states['torch'])
     if 'cuda' in states and device_type == 'cuda':
         torch.cuda.set_rng_state(states['cuda'])
 
 def seed_generators(step):
     """For a rank that begins at this step: no two ranks, and no two beginnings, draw the same."""
-    words = np.random.SeedSequence([seed, rank, step]).generate_state(4).tolist()
-    torch.manual_seed(words[0] << 32 | words[1])
-    np.random.seed(words[2])
-    random.seed(words[3])
+    number = np.random.SeedSequence([seed, rank, step]).generate_state(1).item()
+    for seed_one in (torch.manual_seed, np.random.seed, random.seed):
+        seed_one(number)
 
 # ---- writing (=) -------------------------------------------------------------------------------
 def write_whole(content, path):
@@ -382,29 +361,15 @@ def write_whole(content, path):
         file.flush()
         os.fsync(file.fileno())
     os.replace(path + '.tmp', path)
-    # the new name must be on the disk before an older file goes
-    folder = os.open(os.path.dirname(path) or '.', os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
 
 # ---- checkpoint --------------------------------------------------------------------------------
 step, evaluated = 0, False  # completed updates; has what is due at this step been done?
 val_loss, best_val_loss, best_step = math.inf, math.inf, -1
 wandb_id, log_file = '', None
 
-def whole(state):
-    """Nested dicts and lists with whole tensors: --model_parallel splits them."""
-    if isinstance(state, dict):
-        return {name: whole(value) for name, value in state.items()}
-    if isinstance(state, list):
-        return [whole(value) for value in state]
-    return state.full_tensor() if hasattr(state, 'full_tensor') else state
-
 def save_checkpoint(path):
     """Write all that a resume needs, then delete what is not kept. All ranks call it."""
-    ranks = [generator_states()] * world_size
-    if ddp:
-        dist.all_gather_object(ranks, ranks[0])
+    ranks = gathered(generator_states())
     content = dict(
         model=whole(raw_model.state_dict()), model_config=asdict(raw_model.config),
         optimizer=[whole(o.state_dict()) for o in optimizers], scaler=scaler.state_dict(),
@@ -436,26 +401,24 @@ if checkpoint and not one_shot:
     for o, stored in zip(optimizers, checkpoint['optimizer'], strict=True):
         # the groups are the present ones: weight decay and betas may have been typed anew
         o.load_state_dict(dict(stored, param_groups=o.state_dict()['param_groups']))
-        for p, state in o.state.items() if model_parallel else ():
-            for name in ('exp_avg', 'exp_avg_sq'):
-                state[name] = distribute_tensor(state[name], p.device_mesh, p.placements)
+        if model_parallel:
+            split_like(o)
     if scaler.is_enabled() and checkpoint['scaler']:
         scaler.load_state_dict(checkpoint['scaler'])
     if rank < len(checkpoint['ranks']):
         set_generator_states(checkpoint['ranks'][rank])
-    # what is later in the folder of a typed checkpoint belongs to another future
-    later = [checkpoint_name(s) for s in checkpoint_steps() if s > step]
-    if os.path.exists(best_name) and read_checkpoint(best_name)['step'] > step:
-        later.append(best_name)
-    for path in later if master and checkpoint_path else []:
-        os.replace(path, path + '.old')
-        print0(f'{path} is later than step {step}: now {path}.old')
-if ddp:
-    # nodes whose folders are not shared would train on different data in silence
-    facts = [(step, train_rows, val_rows)] * world_size
-    dist.all_gather_object(facts, facts[0])
-    if len(set(facts)) > 1:
-        fail(f'(step, rows, val rows) of the ranks differ, {facts}: share {log_dir}, {data_root}')
+    if master and checkpoint_path:
+        # what is later in the folder belongs to another future
+        later = [checkpoint_name(s) for s in checkpoint_steps() if s > step]
+        if os.path.exists(best_name) and read_checkpoint(best_name)['step'] > step:
+            later.append(best_name)
+        for path in later:
+            os.replace(path, path + '.old')
+            print0(f'{path} is later than step {step}: now {path}.old')
+# nodes whose folders are not shared would train on different data in silence
+facts = gathered((step, train_rows, val_rows))
+if len(set(facts)) > 1:
+    fail(f'(step, rows, val rows) of the ranks differ, {facts}: share {log_dir}, {data_root}')
 if master and not one_shot:
     os.makedirs(log_dir, exist_ok=True)
     log_file = open(os.path.join(log_dir, 'log.txt'), 'ab')
@@ -487,22 +450,21 @@ if ddp and not model_parallel and not one_shot:
 def evaluate():
     """Validation loss in nats per token over the first val_rows rows, split over the ranks."""
     raw_model.eval()
-    loss = torch.zeros((), dtype=torch.float64)
+    loss = 0.0
     for begin in range(0, val_rows, batch_size * world_size):
         # as many batches on every rank, all of one size; a row too many counts nothing
         rows = np.arange(batch_size) + begin + rank * batch_size
         tokens = read_rows(val_shards, T, np.minimum(rows, val_rows - 1))
-        tokens[rows >= val_rows, 1:] = -1
-        x, y = tokens[:, :-1].clamp(min=0).to(device), tokens[:, 1:].to(device)
+        x, y = tokens[:, :-1], tokens[:, 1:].clone()
+        y[rows >= val_rows] = -1
         with autocast:
-            loss += raw_model(x, y, 'sum').item()
+            loss += raw_model(x.to(device), y.to(device), 'sum').item()
     raw_model.train()
-    if ddp:
-        dist.all_reduce(loss)
-    return loss.item() / (val_rows * T)
+    return sum(gathered(loss)) / (val_rows * T)
 
 def sample(text, seed):
     """A continuation of `text`, the same on all ranks."""
+    encoding = load_tokenizer(tokenizer['tokenizer'])
     prompt = torch.tensor([[tokenizer['eot'], *encoding.encode_ordinary(text)]], device=device)
     generator = torch.Generator(device).manual_seed(seed)
     with autocast:
@@ -512,42 +474,26 @@ def sample(text, seed):
     # a terminal must not be given control codes
     return re.sub(r'[^\n\t -~\xa0-\U0010ffff]', '\ufffd', text)
 
-try:
-    encoding = load_tokenizer(tokenizer['tokenizer'])
-except OSError as error:
-    encoding = None
-    print0(f'no samples: {error}')
-
 # ---- one-shot modes ----------------------------------------------------------------------------
 if one_shot:
     print0(f'model {checkpoint_file or init_from}')
     if eval_only:
         print0(f'step {step} | val loss {evaluate():.4f}')
-    elif not encoding:
-        sys.exit(2)
-    elif 'generate' in config.typed:
-        print0(sample(generate, seed))
-    elif master:
-        try:
-            raw_model.save_pretrained(export, tokenizer)
-        except (OSError, ValueError) as error:
-            fail(f'--export={export}: {error}')
+    if 'generate' in config.typed:
+        print0(checked(sample, generate, seed))
+    if 'export' in config.typed and master:
+        checked(raw_model.save_pretrained, export, tokenizer)
         print0(f'wrote {export}')
     sys.exit()
 
 # ---- training loop -----------------------------------------------------------------------------
-def log(line, wandb_values):
+def log(line, **wandb_values):
     print0(line)
     if master:
         log_file.write(f'{line}\n'.encode())
         log_file.flush()
     if wandb_run:
         wandb_run.log(wandb_values, step=step)
-
-def norm_of(parameters):
-    """The norm of their gradients."""
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-    return norm.full_tensor() if model_parallel else norm
 
 # SIGTERM and Ctrl-C are acted upon at the end of a step; a second Ctrl-C ends the process at once
 told = {signal.SIGTERM: 0, signal.SIGINT: 0}
@@ -560,14 +506,12 @@ for number in told:
     signal.signal(number, on_signal)
 
 parameters = list(raw_model.parameters())
-begun = f'resumed from {checkpoint_file} at step {step}' if checkpoint else f'from {init_from}'
-log(f'# run {run_name or log_dir}: {begun}, seed {seed}\n'
-    f'# {sum(p.numel() for p in parameters):,} parameters: {raw_model.config}\n'
-    f'# {total_batch_size:,} tokens per step = {batch_size} rows x {T} x {accumulation} '
-    f'micro-step(s) x {world_size} rank(s)\n'
-    f'# {train_rows * T:,} training tokens in {data_root}, '
-    f'{max_steps * rows_per_step / train_rows:.2f} epochs; {val_rows * T:,} validation tokens\n'
-    f'# device {device}, dtype {dtype}, compile {compile}, torch {torch.__version__}', {})
+log(f'# run {run_name or log_dir} from {checkpoint_file or init_from}, step {step}, seed {seed}')
+log(f'# {sum(p.numel() for p in parameters):,} parameters: {raw_model.config}')
+log(f'# {total_batch_size:,} tokens per step = {batch_size} rows x {T} x {accumulation} '
+    f'micro-step(s) x {world_size} rank(s)')
+log(f'# {train_rows * T:,} training tokens in {data_root}, {val_rows * T:,} validation tokens')
+log(f'# device {device}, dtype {dtype}, compile {compile}, torch {torch.__version__}')
 raw_model.train()
 batch = batches(step)
 start_step, start_time, times = step, time.perf_counter(), []
@@ -576,21 +520,20 @@ while True:
     last = step == max_steps
     if not evaluated:
         improved = False
-        if (eval_interval > 0 and step % eval_interval == 0) or last:
+        if last or (eval_interval > 0 and step % eval_interval == 0):
             val_loss = evaluate()
-            log(f'step {step}/{max_steps} | val loss {val_loss:.4f}', {'val/loss': val_loss})
+            log(f'step {step}/{max_steps} | val loss {val_loss:.4f}', val_loss=val_loss)
             improved = val_loss < best_val_loss
         if improved:
             best_val_loss, best_step = val_loss, step
-        sampling = generate_interval > 0 and step > 0 and (step % generate_interval == 0 or last)
-        if encoding and sampling:
+        if step and generate_interval > 0 and (last or step % generate_interval == 0):
             text = sample('', seed + step).replace('\n', '\n    ')
-            log(f'step {step}/{max_steps} | sample\n    {text}', {})
+            log(f'step {step}/{max_steps} | sample\n    {text}')
         evaluated = True
-        if improved and step > 0:
+        if improved and step:
             save_checkpoint(best_name)
-        due = checkpoint_interval > 0 and step % checkpoint_interval == 0
-        if step > 0 and (due or last or step in permanent_checkpoints):
+        due = last or (checkpoint_interval > 0 and step % checkpoint_interval == 0)
+        if step and (due or step in permanent_checkpoints):
             save_checkpoint(checkpoint_name(step))
     if last:
         break
@@ -615,7 +558,7 @@ while True:
                    f'{1000 * (time.perf_counter() - step_begun):.0f}ms')
     for o in optimizers:
         scaler.unscale_(o)
-    norm = norm_of(parameters)
+    norm = whole(get_total_norm([p.grad for p in parameters]))
 
     # 3) The one moment at which the host waits for the GPU, and the ranks for each other.
     flags = [norm.new_tensor(told[number]) for number in told]
@@ -629,13 +572,9 @@ while True:
              'update (try a lower max_lr or more warmup_steps)', 1)
 
     # 4) The update.
-    parts = ''
-    if log_gradients:
-        modules = {**raw_model.transformer, **dict(raw_model.transformer.h.named_children())}
-        norms = {name: norm_of(module.parameters()).item() for name, module in modules.items()}
-        parts = ' | grad ' + ' '.join(f'{name} {norms[name]:.2e}' for name in norms)
+    parts = raw_model.gradient_norms() if log_gradients else ''
     if grad_clip > 0:
-        torch.nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm)
+        clip_grads_with_norm_(parameters, grad_clip, norm)
     for o in optimizers:
         for group in o.param_groups:
             group['lr'] = lr
@@ -651,12 +590,11 @@ while True:
         # at the pace of this launch, with all that it did beside
         pace = (time.perf_counter() - start_time) / (step - start_step)
         minutes = int(pace * (max_steps - step) / 60)
-        mfu = raw_model.mfu(total_batch_size / dt / world_size, T, device)
+        mfu = raw_model.mfu(total_batch_size / dt / world_size, T)
         log(f'step {step}/{max_steps} ({100 * step / max_steps:.2f}%) | loss {step_loss:.6f} | '
             f'lr {lr:.2e} | norm {step_norm:.2f} | dt {1000 * dt:.0f}ms | '
             f'tok/s {total_batch_size / dt:,.0f} | mfu {mfu} | '
-            f'eta {minutes // 60}h{minutes % 60:02d}m{parts}',
-            {'train/loss': step_loss, 'lr': lr, 'norm': step_norm})
+            f'eta {minutes // 60}h{minutes % 60:02d}m{parts}', loss=step_loss, lr=lr)
     if terminated or interrupted:
         save_checkpoint(checkpoint_name(step))
         print0(f'stopped at step {step}; --auto_resume continues')
@@ -664,7 +602,7 @@ while True:
 
 # ---- end ---------------------------------------------------------------------------------------
 log(f'# best val loss {best_val_loss:.4f} at step {best_step}, checkpoints in {log_dir}, '
-    f'{(time.perf_counter() - start_time) / 60:.1f} min', {})
+    f'{(time.perf_counter() - start_time) / 60:.1f} min')
 if wandb_run:
     wandb_run.finish()
 if ddp:
