@@ -35,76 +35,76 @@ from configurator import configure, fail, print0
 from model import GPT, GPT_SIZES, GPTConfig, load_tokenizer, read_checkpoint, split_like, whole
 from prepare.fineweb import open_shards, read_rows
 
-# ---- settings ----------------------------------------------------------------------------------
+# ---- settings ----------------------------
 # i/o
-log_dir = 'logs'          # folder of this run: checkpoints, log.txt, config.py
-run_name = ''             # a name for wandb and the log; does not change the folder
-save_config = True        # write config.py, the settings file that repeats this run
+log_dir = 'logs'  # folder of this run: checkpoints, log.txt, config.py
+run_name = ''  # a name for wandb and the log; does not change the folder
+save_config = True  # write config.py, the settings file that repeats this run
 # data
 data_root = 'data/fineweb_edu10B'  # folder of token shards, .bin or .npy (see prepare/)
-num_workers = 2           # batches that a background thread prepares ahead; 0 = none
-batch_size = 16           # rows of block_size tokens per micro-step and rank
+num_workers = 2  # batches that a background thread prepares ahead; 0 = none
+batch_size = 16  # rows of block_size tokens per micro-step and rank
 total_batch_size = 524288  # tokens per optimizer step, over all ranks and micro-steps
 grad_accumulation_steps = 0  # micro-batches per step over all ranks; 0 = from total_batch_size
 dynamic_seq_length = False  # draw each step's sequence length; tokens per step stay the same
-min_seq_length = 128      # shortest drawn length, tokens; the others are its doublings
-max_seq_length = 1024     # longest drawn length, tokens
+min_seq_length = 128  # shortest drawn length, tokens; the others are its doublings
+max_seq_length = 1024  # longest drawn length, tokens
 # model
-init_from = 'scratch'     # or weights to begin from: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a path
-model = 'gpt2'            # tiny | gpt2 | gpt2-medium | gpt2-large | gpt2-xl; presets below
-block_size = 1024         # longest sequence, tokens
-vocab_size = -1           # ids; -1 = the data's, rounded up to a multiple of 64
-n_layer = 12              # blocks
-n_head = 12               # attention heads, must divide n_embd
-n_embd = 768              # width
-activation = 'gelu_new'   # gelu_new | gelu; GPT-2's tanh approximation, or the exact one
-dropout = 0.0             # probability; 0 = off, right for pretraining
+init_from = 'scratch'  # or weights to begin from: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a path
+model = 'gpt2'  # tiny | gpt2 | gpt2-medium | gpt2-large | gpt2-xl; presets below
+block_size = 1024  # longest sequence, tokens
+vocab_size = -1  # ids; -1 = the data's, rounded up to a multiple of 64
+n_layer = 12  # blocks
+n_head = 12  # attention heads, must divide n_embd
+n_embd = 768  # width
+activation = 'gelu_new'  # gelu_new | gelu; GPT-2's tanh approximation, or the exact one
+dropout = 0.0  # probability; 0 = off, right for pretraining
 # optimization
-optimizer = 'adamw'       # adamw | muon; muon on the matrices of the blocks, AdamW on the rest
-max_lr = 6e-4             # peak learning rate
-min_lr = -1.0             # final learning rate, 0 = nothing; -1 = max_lr / 10
-warmup_steps = 2000       # steps of linear warmup; 0 = none
-max_steps = 40000         # optimizer steps in all; 0 = only the evaluation of the start
-decay_lr = True           # False = constant after the warmup
-lr_scheduler = 'cosine'   # cosine | cosine_with_restarts | constant
-lr_restarts = 3           # restarts of cosine_with_restarts, 3 = four equal cycles; 0 = none
-weight_decay = 0.1        # on matrices and embeddings, not on biases and norms; 0 = none
-beta1 = 0.9               # AdamW; 0 = off
-beta2 = 0.95              # AdamW; 0 = off
-grad_clip = 1.0           # largest gradient norm; 0 = no clipping
+optimizer = 'adamw'  # adamw | muon; muon on the matrices of the blocks, AdamW on the rest
+max_lr = 6e-4  # peak learning rate
+min_lr = -1.0  # final learning rate, 0 = nothing; -1 = max_lr / 10
+warmup_steps = 2000  # steps of linear warmup; 0 = none
+max_steps = 40000  # optimizer steps in all; 0 = only the evaluation of the start
+decay_lr = True  # False = constant after the warmup
+lr_scheduler = 'cosine'  # cosine | cosine_with_restarts | constant
+lr_restarts = 3  # restarts of cosine_with_restarts, 3 = four equal cycles; 0 = none
+weight_decay = 0.1  # on matrices and embeddings, not on biases and norms; 0 = none
+beta1 = 0.9  # AdamW; 0 = off
+beta2 = 0.95  # AdamW; 0 = off
+grad_clip = 1.0  # largest gradient norm; 0 = no clipping
 # evaluation
-eval_interval = 250       # steps between evaluations; -1 = only at the end
-val_tokens = 10485760     # validation tokens, whatever the batch and the ranks; 0 = all
-eval_only = False         # print the validation loss of a checkpoint, exit
+eval_interval = 250  # steps between evaluations; -1 = only at the end
+val_tokens = 10485760  # validation tokens, whatever the batch and the ranks; 0 = all
+eval_only = False  # print the validation loss of a checkpoint, exit
 generate_interval = 1000  # steps between samples; -1 = none
-generate = ''             # continue this text with a checkpoint, exit
-export = ''               # write a checkpoint into this new folder for transformers, exit
-max_new_tokens = 256      # length of a sample, tokens
-temperature = 0.8         # of the samples; 0 = always the likeliest token
-top_k = 200               # sample among the k likeliest; 0 = all
+generate = ''  # continue this text with a checkpoint, exit
+export = ''  # write a checkpoint into this new folder for transformers, exit
+max_new_tokens = 256  # length of a sample, tokens
+temperature = 0.8  # of the samples; 0 = always the likeliest token
+top_k = 200  # sample among the k likeliest; 0 = all
 # checkpoint
 checkpoint_interval = 1000  # steps between checkpoints; -1 = none, but always at the end
 keep_last_n_checkpoints = 5  # newest checkpoints to keep; 0 = all
 permanent_checkpoints = []  # steps that are saved and kept whatever the two above say
-auto_resume = False       # continue from the newest readable checkpoint in log_dir, if any
-resume = False            # continue from checkpoint_path, or like auto_resume
-checkpoint_path = ''      # the checkpoint to resume, judge, sample from or export; '' = newest
+auto_resume = False  # continue from the newest readable checkpoint in log_dir, if any
+resume = False  # continue from checkpoint_path, or like auto_resume
+checkpoint_path = ''  # the checkpoint to resume, judge, sample from or export; '' = newest
 # logging
-log_interval = 10         # steps between log lines
-log_level = 'INFO'        # INFO | DEBUG; DEBUG adds loss and time of every micro-step
-log_gradients = False     # add the gradient norm of every part of the model to the log lines
-wandb_log = False         # log to Weights & Biases too
+log_interval = 10  # steps between log lines
+log_level = 'INFO'  # INFO | DEBUG; DEBUG adds loss and time of every micro-step
+log_gradients = False  # add the gradient norm of every part of the model to the log lines
+wandb_log = False  # log to Weights & Biases too
 wandb_project = 'train_gpt2'  # its project
 # system
-device = ''               # cpu, cuda, cuda:1, mps; '' = cuda, then mps, then cpu
-dtype = 'float32'         # float32 | bfloat16 | float16; by autocast, weights stay float32
-compile = False           # torch.compile; DISABLE_COMPILE=1 in the environment switches it off
-model_parallel = False    # experimental: FSDP2, the model split over model_parallel_size ranks
-model_parallel_size = 2   # ranks that share a model; all ranks / this = copies of it
-deterministic = False     # deterministic kernels on the GPU (the CPU's are)
-seed = 1337               # of weights, data order, dropout and samples; 0 = a seed like any other
+device = ''  # cpu, cuda, cuda:1, mps; '' = cuda, then mps, then cpu
+dtype = 'float32'  # float32 | bfloat16 | float16; by autocast, weights stay float32
+compile = False  # torch.compile; DISABLE_COMPILE=1 in the environment switches it off
+model_parallel = False  # experimental: FSDP2, the model split over model_parallel_size ranks
+model_parallel_size = 2  # ranks that share a model; all ranks / this = copies of it
+deterministic = False  # deterministic kernels on the GPU (the CPU's are)
+seed = 1337  # of weights, data order, dropout and samples; 0 = a seed like any other
 
-# ---- command line ------------------------------------------------------------------------------
+# ---- command line ------------------------
 config = configure(globals(), aliases={
     'lr': 'max_lr', 'learning_rate': 'max_lr', 'max_grad_norm': 'grad_clip',
     'gradient_accumulation_steps': 'grad_accumulation_steps', 'output_dir': 'log_dir',
@@ -164,7 +164,8 @@ if not checkpoint and init_from == 'scratch' and one_shot:
 pretrained = None
 if checkpoint:
     config.restore(checkpoint['config'], checkpoint_file)
-    shape = dict(checkpoint['model_config'], optimizer=checkpoint['config']['optimizer'])
+    stored = checkpoint['config']
+    shape = dict(checkpoint['model_config'], model=stored['model'], optimizer=stored['optimizer'])
 else:
     config.fill({**GPT_SIZES[model], **PRESETS.get(model, {})})
     if model == 'tiny' and optimizer == 'adamw':
@@ -182,7 +183,7 @@ if min_lr < 0:
 if warmup_steps > max_steps:
     print0(f'WARNING: {warmup_steps} warmup_steps in {max_steps} steps: max_lr is never reached')
 
-# ---- devices and ranks (=) ---------------------------------------------------------------------
+# ---- devices and ranks (=) ---------------
 # torchrun sets all of these variables; a cluster that exports some of them makes no ranks
 ddp = all(os.environ.get(name) for name in (
     'RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT'))
@@ -222,7 +223,7 @@ autocast = torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != '
 # small float16 gradients would round to zero: the scaler multiplies the loss
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
 
-# ---- data --------------------------------------------------------------------------------------
+# ---- data --------------------------------
 T = max_seq_length if dynamic_seq_length else block_size
 lengths = [T]
 if dynamic_seq_length:
@@ -293,7 +294,7 @@ def batches(step):
     while queue:
         yield queue.popleft().result()
 
-# ---- model and optimizer -----------------------------------------------------------------------
+# ---- model and optimizer -----------------
 torch.manual_seed(seed)  # the same first weights on every rank
 if checkpoint:
     shape = dict(checkpoint['model_config'], dropout=dropout)
@@ -315,7 +316,7 @@ if model_parallel and not one_shot:
     raw_model.shard(device_type, world_size // model_parallel_size, model_parallel_size)
 optimizers = raw_model.make_optimizers(optimizer, max_lr, weight_decay, (beta1, beta2))
 
-# ---- learning rate -----------------------------------------------------------------------------
+# ---- learning rate -----------------------
 def get_lr(step):
     """Learning rate of the update that follows `step` completed ones."""
     # 1) linear warmup
@@ -330,7 +331,7 @@ def get_lr(step):
         done = done * (lr_restarts + 1) % 1
     return min_lr + (max_lr - min_lr) * (1 + math.cos(math.pi * min(1, done))) / 2
 
-# ---- generators (=) ----------------------------------------------------------------------------
+# ---- generators (=) ----------------------
 def generator_states():
     """The states of all random generators of this rank, as values that weights_only loads."""
     kind, keys, *others = np.random.get_state()
@@ -350,10 +351,11 @@ def set_generator_states(states):
 def seed_generators(step):
     """For a rank that begins at this step: no two ranks, and no two beginnings, draw the same."""
     number = np.random.SeedSequence([seed, rank, step]).generate_state(1).item()
-    for seed_one in (torch.manual_seed, np.random.seed, random.seed):
-        seed_one(number)
+    torch.manual_seed(number)
+    np.random.seed(number)
+    random.seed(number)
 
-# ---- writing (=) -------------------------------------------------------------------------------
+# ---- writing (=) -------------------------
 def write_whole(content, path):
     """torch.save, so that `path` is the old file or the new one whenever this is killed."""
     with open(path + '.tmp', 'wb') as file:
@@ -362,7 +364,7 @@ def write_whole(content, path):
         os.fsync(file.fileno())
     os.replace(path + '.tmp', path)
 
-# ---- checkpoint --------------------------------------------------------------------------------
+# ---- checkpoint --------------------------
 step, evaluated = 0, False  # completed updates; has what is due at this step been done?
 val_loss, best_val_loss, best_step = math.inf, math.inf, -1
 wandb_id, log_file = '', None
@@ -385,7 +387,7 @@ def save_checkpoint(path):
         for s in old[:-keep_last_n_checkpoints] if keep_last_n_checkpoints else []:
             os.remove(checkpoint_name(s))
 
-# ---- resume ------------------------------------------------------------------------------------
+# ---- resume ------------------------------
 step = checkpoint.get('step', 0)
 seed_generators(step)
 if checkpoint and not one_shot:
@@ -445,7 +447,7 @@ if ddp and not model_parallel and not one_shot:
     net = DistributedDataParallel(raw_model, find_unused_parameters=True,
                                   device_ids=[local_rank] if device_type == 'cuda' else None)
 
-# ---- evaluation --------------------------------------------------------------------------------
+# ---- evaluation --------------------------
 @torch.no_grad()
 def evaluate():
     """Validation loss in nats per token over the first val_rows rows, split over the ranks."""
@@ -470,11 +472,9 @@ def sample(text, seed):
     with autocast:
         ids = raw_model.generate(prompt, max_new_tokens, temperature, top_k, 1.0,
                                  tokenizer['vocab_size'], tokenizer['eot'], generator)
-    text = encoding.decode([i for i in ids[0].tolist() if i != tokenizer['eot']])
-    # a terminal must not be given control codes
-    return re.sub(r'[^\n\t -~\xa0-\U0010ffff]', '\ufffd', text)
+    return encoding.decode([i for i in ids[0].tolist() if i != tokenizer['eot']])
 
-# ---- one-shot modes ----------------------------------------------------------------------------
+# ---- one-shot modes ----------------------
 if one_shot:
     print0(f'model {checkpoint_file or init_from}')
     if eval_only:
@@ -486,7 +486,7 @@ if one_shot:
         print0(f'wrote {export}')
     sys.exit()
 
-# ---- training loop -----------------------------------------------------------------------------
+# ---- training loop -----------------------
 def log(line, **wandb_values):
     print0(line)
     if master:
@@ -512,6 +512,11 @@ log(f'# {total_batch_size:,} tokens per step = {batch_size} rows x {T} x {accumu
     f'micro-step(s) x {world_size} rank(s)')
 log(f'# {train_rows * T:,} training tokens in {data_root}, {val_rows * T:,} validation tokens')
 log(f'# device {device}, dtype {dtype}, compile {compile}, torch {torch.__version__}')
+try:
+    load_tokenizer(tokenizer['tokenizer'])
+except OSError as error:
+    print0(f'no samples: {error}')
+    generate_interval = -1
 raw_model.train()
 batch = batches(step)
 start_step, start_time, times = step, time.perf_counter(), []
@@ -598,9 +603,10 @@ while True:
     if terminated or interrupted:
         save_checkpoint(checkpoint_name(step))
         print0(f'stopped at step {step}; --auto_resume continues')
+        gathered(step)  # torchrun kills the others when the first rank leaves: rank 0 must be done
         sys.exit(143 if terminated else 130)
 
-# ---- end ---------------------------------------------------------------------------------------
+# ---- end ---------------------------------
 log(f'# best val loss {best_val_loss:.4f} at step {best_step}, checkpoints in {log_dir}, '
     f'{(time.perf_counter() - start_time) / 60:.1f} min')
 if wandb_run:

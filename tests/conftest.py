@@ -19,13 +19,13 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config, items):
-    """Which tests keep together on one of pytest-xdist's workers: those of a file or, in test_reliability.py, of a script, for they share finished runs.
+    """Which tests keep together on one of pytest-xdist's workers: those of a file or, in the reliability tests, of a script, for they share finished runs.
 
-    The short form of the reliability tests, whose blocks are the same text in all scripts (test_fences.py). Marked `fenced`: two scripts stand for all five,
+    The short form of test_reliability_old.py, whose blocks are the same text in all scripts (test_fences.py). Marked `fenced`: two scripts stand for all four,
     one whose checkpoint is a file and one whose is a folder; `once`, where that does not matter: the first alone. Marked `slots`, of what trm.py does for both
     recursive scripts: pretrain_trm.py stands for both. Marked `long`: float32 where float64, which is stricter, is tested too, that is in all but train_latent_prm.py. --kills=50 runs everything."""
     if config.getoption('--kills') < 50:
-        stand_in = dict(fenced=('train_gpt2', 'train_latent_prm'), once=('train_gpt2',), slots=('train_gpt2', 'finetune_dolly', 'pretrain_trm', 'train_latent_prm'), long=('train_latent_prm',))
+        stand_in = dict(fenced=('finetune_dolly', 'train_latent_prm'), once=('finetune_dolly',), slots=('finetune_dolly', 'pretrain_trm', 'train_latent_prm'), long=('train_latent_prm',))
         left_out = {item for item in items for mark, cases in stand_in.items() if item.get_closest_marker(mark) and item.callspec.params['case'] not in cases}
         config.hook.pytest_deselected(items=list(left_out))
         items[:] = [item for item in items if item not in left_out]

@@ -76,6 +76,18 @@ def test_rows_as_written_by_hand(tmp_path):
     assert manifest['rows'] == {'closed_qa': {'val': 1, 'train': 19}, 'open_qa': {'val': 1, 'train': 19}} and manifest['tokens'] == tokens
 
 
+def test_a_byte_order_mark_is_dropped_and_a_million_blanks_are_text(tmp_path, monkeypatch):
+    write(tmp_path / 'in.jsonl', [row(i) for i in range(40)])
+    (tmp_path / 'in.jsonl').write_bytes(b'\xef\xbb\xbf' + (tmp_path / 'in.jsonl').read_bytes())
+    code, out, err = prepare(tmp_path)
+    assert code == 0 and err == '' and '40 rows read: 0 without' in out
+    if not (SHARED / 'data/tiktoken_cache').exists():
+        pytest.skip('needs the two files of the GPT-2 tokenizer')
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(SHARED / 'data/tiktoken_cache'))
+    code, out, err = prepare(tmp_path, '--tokenizer=gpt2', rows=[row(i, context='' if i else 'a' + ' ' * 1_200_000 + 'b') for i in range(40)])
+    assert code == 0 and err == '' and '1 contexts shortened' in out
+
+
 def test_what_is_too_long_loses_its_context_never_its_response(tmp_path):
     overhead = len(instruction_prompt('Sum up.', 'x').encode()) - 1 + 2
     long = 'äbc ' * 100

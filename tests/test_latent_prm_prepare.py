@@ -311,6 +311,11 @@ def test_mistakes_are_said_in_one_line(go):
         assert not (go.folder / 'prm').exists(), args
 
 
+def test_a_million_blanks_in_a_question_are_tokens_as_others(go, qwen):
+    (go.folder / 'long.jsonl').write_text(json.dumps(dict(question='What' + ' ' * 1_200_000 + 'is 1 + 1?', answer='2')))
+    assert '512 positions' in go('--output_dir=prm', '--input=long.jsonl').one_line()  # of this model, not of the tokenizer
+
+
 def test_a_broken_model_is_said(go, qwen, tmp_path):
     broken = tmp_path / 'broken'
     for name, damage, said in (('config.json', '{', 'broken: '), ('model.safetensors', 'x', 'broken: '), ('tokenizer.json', '[]', 'tokenizer.json'),

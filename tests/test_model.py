@@ -1,212 +1,311 @@
-"""model.py: equality with the published GPT-2, the loss without logits, generation, tokenizers, and every file it reads."""
-import copy
-import json
-import os
-import pickle
-import random
-import zipfile
+"""model.py, GPT: shapes, the loss without logits, sampling, Muon, resizing, tokenizers."""
+import math
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import make_text_data, write_shard
 
-import model
-from model import GELU, GPT, GPT_SIZES, GPTConfig, HeadLoss, ahead, load_tokenizer, newest, open_shards, read_whole, shard_rows
+from model import GPT, GPT_SIZES, GPTConfig, HeadLoss, Muon, load_tokenizer, orthogonal
 
-SMALL = GPTConfig(block_size=32, vocab_size=96, n_layer=3, n_head=4, n_embd=32)
-
+SMALL = dict(block_size=32, vocab_size=96, n_layer=3, n_head=4, n_embd=32)
+X, Y = torch.randint(96, (2, 3, 32), generator=torch.Generator().manual_seed(5))
 
 def small(seed=0, **changes):
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(**{**SMALL.__dict__, **changes}))
+    model = GPT(GPTConfig(**{**SMALL, **changes}))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.15)  # biases and norms too: a zero hides mistakes
     return model
 
-
-# ---- equality with transformers
-def test_parity_with_transformers():
-    transformers = pytest.importorskip('transformers')
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=96, n_positions=32, n_embd=32, n_layer=3, n_head=4, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=0, eos_token_id=0))
-    ours, linear = small(), ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')
-    weights = {name: w.t() if name.endswith(linear) else w for name, w in ours.state_dict().items()}  # Conv1D is (in, out)
-    missing = theirs.load_state_dict(weights, strict=False)
-    assert missing.missing_keys == ['lm_head.weight'] and not missing.unexpected_keys
-    x, y = torch.randint(96, (2, 3, 32))
-    logits = theirs(x).logits
-    assert (ours(x) - logits).abs().max() < 1e-5
-    loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
-    assert abs(ours(x, y) - loss) < 1e-5
-    loss.backward()
-    ours(x, y).backward()
-    for name, p in theirs.named_parameters():
-        gradient = dict(ours.named_parameters())[name].grad
-        assert (p.grad - (gradient.t() if name.endswith(linear) else gradient)).abs().max() < 1e-5, name
-
-
-@pytest.mark.parametrize('name, parameters', [('gpt2', 124_439_808), ('gpt2-medium', 354_823_168), ('gpt2-large', 774_030_080), ('gpt2-xl', 1_557_611_200)])
-def test_sizes_are_the_published_ones(name, parameters):
+def meta(**changes):
     with torch.device('meta'):
-        model = GPT(GPTConfig(vocab_size=50257, **GPT_SIZES[name]))
+        return GPT(GPTConfig(**changes))
+
+# ---- model
+@pytest.mark.parametrize('name, parameters', [
+    ('gpt2', 124_439_808), ('gpt2-medium', 354_823_168), ('gpt2-large', 774_030_080),
+    ('gpt2-xl', 1_557_611_200)])
+def test_sizes_are_the_published_ones(name, parameters):
+    model = meta(vocab_size=50257, **GPT_SIZES[name])
     assert sum(p.numel() for p in model.parameters()) == parameters
 
-
-def test_flops_per_token():
-    with torch.device('meta'):
-        model = GPT(GPTConfig(**GPT_SIZES['gpt2']))
-    assert model.flops_per_token(1024) == pytest.approx(855.4e6, rel=1e-4)
-
+def test_tiny_has_0_8_million_parameters():
+    assert 0.75e6 < sum(p.numel() for p in meta(vocab_size=320, **GPT_SIZES['tiny']).parameters()) < 0.9e6
 
 def test_initialisation():
     model = GPT(GPTConfig(block_size=64, vocab_size=512, n_layer=8, n_head=4, n_embd=128))
     for name, p in model.named_parameters():
         if p.dim() == 2:
-            assert p.std().item() == pytest.approx(0.02 / 4 if name.endswith('c_proj.weight') else 0.02, rel=0.1), name
+            std = 0.02 / 4 if name.endswith('c_proj.weight') else 0.02
+            assert p.std().item() == pytest.approx(std, rel=0.1), name
         else:
             assert (p == (1 if name.endswith('weight') else 0)).all(), name
 
+def test_logits_have_a_row_of_ids_for_each_token_and_no_token_sees_later_ones():
+    model = small()
+    logits = model(X)
+    assert logits.shape == (3, 32, 96)
+    changed = X.clone()
+    changed[:, 20:] += 1
+    assert torch.equal(model(changed % 96)[:, :20], logits[:, :20])
+    assert not torch.equal(model(changed % 96)[:, 20:], logits[:, 20:])
 
-def test_gelu_is_the_tanh_approximation():
-    x = torch.linspace(-30, 30, 4001, dtype=torch.float64, requires_grad=True)
-    weights = torch.randn(4001, dtype=torch.float64)
-    ours, theirs = GELU.apply(x), F.gelu(x, approximate='tanh')
-    assert (ours - theirs).abs().max() < 1e-14
-    gradients = [torch.autograd.grad((y * weights).sum(), x)[0] for y in (ours, theirs)]
-    assert (gradients[0] - gradients[1]).abs().max() < 1e-12
-    far = torch.tensor([-1e18, -1e4, 1e4], requires_grad=True)
-    GELU.apply(far).sum().backward()
-    assert far.grad.tolist() == [0, 0, 1]
+def test_dropout_is_of_the_training_alone():
+    model = small(dropout=0.5)
+    assert not torch.equal(model(X), model(X))
+    model.eval()
+    assert torch.equal(model(X), model(X)) and torch.equal(model(X), small()(X))
 
+def test_what_fits_no_model_is_said():
+    with pytest.raises(ValueError, match='n_embd 32 is no multiple of n_head 5'):
+        small(n_head=5)
+    with pytest.raises(ValueError, match="activation 'relu' must be one of gelu_new, gelu"):
+        small(activation='relu')
+    with pytest.raises(AssertionError, match='33 tokens, over 32'):
+        small()(torch.zeros(1, 33, dtype=torch.long))
 
-def test_the_newest_of_files_that_vanish(tmp_path):
-    for age, name in enumerate('abc'):
-        (tmp_path / name).write_text('')
-        os.utime(tmp_path / name, (1000 - age, 1000 - age))
-    assert newest([tmp_path / 'c', tmp_path / 'gone', tmp_path / 'b']) == tmp_path / 'b' and newest([]) == '' == newest([tmp_path / 'gone'])
-
+def test_flops_and_their_share_of_what_the_maker_states(monkeypatch):
+    model = meta(**GPT_SIZES['gpt2'])
+    assert model.flops_per_token(1024) == pytest.approx(855.4e6, rel=1e-4)
+    assert small().mfu(5e5, 1024) == '-'  # of a CPU nobody states any
+    weight = SimpleNamespace(device=torch.device('cuda'))
+    on_gpu = SimpleNamespace(flops_per_token=model.flops_per_token,
+                             transformer=SimpleNamespace(wte=SimpleNamespace(weight=weight)))
+    for name, text in (('NVIDIA H100 80GB HBM3', '43.2%'), ('NVIDIA A100', '137.1%'), ('Unknown', '-')):
+        monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device, name=name: name)
+        assert GPT.mfu(on_gpu, 5e5, 1024) == text
 
 # ---- loss
-@pytest.mark.parametrize('rows, slices', [(1, 5), (20, 3), (70, 1)])  # of at least 16 rows, the last one shorter
-def test_loss_is_cross_entropy_without_the_logits(rows, slices, monkeypatch):
-    """In slices of any size, with targets that do not count, in float64 to the last digits."""
+def cross_entropy(x, weight, targets, factors=None):
+    logits = (x @ weight.t()).to(torch.promote_types(x.dtype, torch.float32))
+    losses = F.cross_entropy(logits, targets, ignore_index=-1, reduction='none')
+    return (losses if factors is None else losses * factors).sum()
+
+@pytest.mark.parametrize('dtype, rtol', [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+@pytest.mark.parametrize('with_factors', [False, True])
+@pytest.mark.parametrize('N, V', [(70, 96), (4001, 5000)])  # one slice, and three of about 2^23 logits
+def test_the_loss_is_cross_entropy_in_value_and_both_gradients(N, V, with_factors, dtype, rtol):
     torch.manual_seed(0)
-    x, w = torch.randn(70, 8, dtype=torch.float64, requires_grad=True), torch.randn(96, 8, dtype=torch.float64, requires_grad=True)
-    targets = torch.randint(96, (70,))
+    x = torch.randn(N, 8, dtype=dtype, requires_grad=True)
+    weight = torch.randn(V, 8, dtype=dtype, requires_grad=True)
+    targets = torch.randint(V, (N,))
     targets[::5] = -1
-    monkeypatch.setattr('model.LOGITS_AT_ONCE', rows * 96)
-    products, mm = [], torch.mm
-    monkeypatch.setattr('torch.mm', lambda *args, **kwargs: products.append(1) or mm(*args, **kwargs))
-    loss = HeadLoss.apply(x, w, targets, True) * 3
-    assert len(products) == 2 * slices  # each with its logits and a gradient
-    expected = F.cross_entropy(x @ w.t(), targets, ignore_index=-1, reduction='sum') * 3
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
-    for ours, theirs in zip(torch.autograd.grad(loss, (x, w)), torch.autograd.grad(expected, (x, w)), strict=True):
-        assert torch.allclose(ours, theirs, rtol=1e-10, atol=1e-12)
+    factors = torch.rand(N) if with_factors else None
+    loss = 3 * HeadLoss.apply(x, weight, targets, True, factors)
+    expected = 3 * cross_entropy(x, weight, targets, factors)
+    assert loss.dtype == dtype and loss.item() == pytest.approx(expected.item(), rel=rtol)
+    ours, theirs = (torch.autograd.grad(value, (x, weight)) for value in (loss, expected))
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == dtype and (a - b).norm() < rtol * b.norm()
 
-
-def test_loss_reductions_and_masks():
-    model = small()
-    x, y = torch.randint(96, (2, 3, 32))
-    per_token = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction='none')
-    assert model(x, y).item() == pytest.approx(per_token.mean().item(), rel=1e-6)
-    assert model(x, y, 'sum').item() == pytest.approx(per_token.sum().item(), rel=1e-6)
-    y[:, 5:] = -1
-    assert model(x, y).item() == pytest.approx(per_token.view(3, 32)[:, :5].mean().item(), rel=1e-6)
-    loss = model(x, torch.full_like(y, -1), 'sum')
+def test_the_loss_under_autocast_is_that_of_rounded_inputs():
+    torch.manual_seed(0)
+    x, weight = torch.randn(64, 16, requires_grad=True), torch.randn(96, 16, requires_grad=True)
+    targets = torch.randint(96, (64,))
+    with torch.autocast('cpu', torch.bfloat16):
+        loss = HeadLoss.apply(x, weight, targets, True)
+    rounded = [t.detach().bfloat16().requires_grad_() for t in (x, weight)]
+    expected = cross_entropy(*rounded, targets)
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected.item(), rel=1e-6)
     loss.backward()
-    assert loss == 0 and all(p.grad is None or (p.grad == 0).all() for p in model.parameters())
-    with torch.no_grad():
-        assert model(x, y).item() == pytest.approx(per_token.view(3, 32)[:, :5].mean().item(), rel=1e-6)
+    expected.backward()
+    for ours, theirs in zip((x, weight), rounded, strict=True):
+        assert ours.grad.dtype == torch.float32
+        assert (ours.grad - theirs.grad.float()).norm() < 0.02 * theirs.grad.float().norm()
 
-
-def test_loss_refuses_a_second_backward():
+def test_mean_sum_masks_places_and_factors():
     model = small()
-    x, y = torch.randint(96, (2, 3, 32))
-    loss = model(x, y)
+    each = F.cross_entropy(model(X).flatten(0, 1), Y.flatten(), reduction='none')
+    assert model(X, Y).item() == pytest.approx(each.mean().item(), rel=1e-6)
+    assert model(X, Y, 'sum').item() == pytest.approx(each.sum().item(), rel=1e-6)
+    few = Y.clone()
+    few[:, 5:] = -1
+    kept = each.view(3, 32)[:, :5]
+    assert model(X, few).item() == pytest.approx(kept.mean().item(), rel=1e-6)
+    with torch.no_grad():
+        assert model(X, few).item() == pytest.approx(kept.mean().item(), rel=1e-6)
+    places = (few >= 0).flatten().nonzero().squeeze(1)
+    factors = torch.rand(len(places))
+    loss = model(X, Y.flatten()[places], 'sum', places, factors)
+    assert loss.item() == pytest.approx((kept.flatten() * factors).sum().item(), rel=1e-5)
+    nothing = model(X, torch.full_like(Y, -1), 'sum')
+    nothing.backward()
+    assert nothing == 0 and all((p.grad == 0).all() for p in model.parameters())
+
+def test_no_places_are_no_loss_and_no_error():
+    nothing = torch.zeros(0, dtype=torch.long)
+    loss = small()(X, nothing, 'sum', nothing)
+    loss.backward()
+    assert loss == 0
+
+def test_a_second_backward_fails():
+    loss = small()(X, Y)
     loss.backward(retain_graph=True)
     with pytest.raises((TypeError, RuntimeError)):
         loss.backward()
 
-
-@pytest.mark.parametrize('compile', [GPT.compile, torch.nn.Module.compile])  # on a CPU without the head, elsewhere all
+@pytest.mark.parametrize('compile', [GPT.compile, torch.nn.Module.compile])  # a CPU's, and a GPU's
 def test_a_training_step_is_one_graph_for_torch_compile(compile):
     model, compiled = small(), small()
     compile(compiled, fullgraph=True, backend='eager')  # a graph break would be an error
-    x, y = torch.randint(96, (2, 3, 32))
     for m in (model, compiled):
-        m(x, y, 'sum').backward()
+        m(X, Y, 'sum').backward()
+    assert compiled.state_dict().keys() == model.state_dict().keys()
     for ours, theirs in zip(compiled.parameters(), model.parameters(), strict=True):
         assert torch.allclose(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
 
-
-def test_too_long_a_sequence_is_said():
-    with pytest.raises(AssertionError, match='block_size is 32'):
-        small()(torch.zeros(1, 33, dtype=torch.long))
-
-
-# ---- generation
-def test_cached_generation_equals_whole_forwards():
-    model = small()
-    x = torch.randint(96, (3, 5))
-    expected = x
+# ---- sampling
+def test_cached_generation_equals_recomputation():
+    model, expected = small(), X[:, :5]
     for _ in range(27):
         expected = torch.cat((expected, model(expected)[:, -1:].argmax(-1)), 1)
-    assert torch.equal(model.generate(x, 27, temperature=0), expected)
-    cache, whole = {}, model.hidden(expected)
+    assert torch.equal(model.generate(X[:, :5], 27, temperature=0), expected)
+    cache = {}
     parts = [model.hidden(part, cache) for part in expected.split((4, 1, 9, 18), 1)]
-    assert (torch.cat(parts, 1) - whole).abs().max() < 1e-5
+    assert (torch.cat(parts, 1) - model.hidden(expected)).abs().max() < 1e-5
 
+def test_beyond_the_block_the_older_half_is_forgotten():
+    model, prompt = small(), torch.cat((X, Y), 1)[:, :50]
+    expected, feed = prompt, prompt[:, -32:]  # its last 32 tokens alone
+    for _ in range(40):
+        if feed.size(1) > 32:
+            feed = expected[:, -16:]
+        drawn = model(feed)[:, -1:].argmax(-1)
+        expected, feed = torch.cat((expected, drawn), 1), torch.cat((feed, drawn), 1)
+    assert torch.equal(model.generate(prompt, 40, temperature=0), expected)
 
-def test_generation_beyond_the_block_and_from_a_long_prompt():
-    model = small()
-    out = model.generate(torch.randint(96, (2, 50)), 70, temperature=1.0, generator=torch.Generator().manual_seed(1))
-    assert out.shape == (2, 120)
-
-
-def test_generation_draws_from_the_right_distribution():
+def test_temperature_top_k_and_top_p():
     model, x = small(), torch.zeros(20000, 1, dtype=torch.long)
     p = (model(x[:1])[0, -1] / 0.7).softmax(0)
     order = p.argsort(descending=True)
-    draw = lambda **how: model.generate(x, 1, 0.7, generator=torch.Generator().manual_seed(3), **how)[:, 1]  # noqa: E731
+
+    def draw(**how):
+        return model.generate(x, 1, 0.7, generator=torch.Generator().manual_seed(3), **how)[:, 1]
     assert (torch.bincount(draw(), minlength=96) / 20000 - p).abs().max() < 0.01
     assert set(draw(top_k=3).tolist()) == set(order[:3].tolist())
+    assert set(draw(top_k=1000).tolist()) == set(draw().tolist())
     inside = int((p[order].cumsum(0) < 0.6).sum()) + 1  # as few as hold 0.6
     assert set(draw(top_p=0.6).tolist()) == set(order[:inside].tolist())
     assert set(draw(top_p=1e-9).tolist()) == {int(order[0])}
+    for temperature in (0, 1e-30):
+        assert (model.generate(x[:9], 1, temperature)[:, 1] == order[0]).all()
 
-
-def test_generation_never_draws_the_padding_of_the_vocabulary():
-    model = small()
+def test_the_padding_of_the_vocabulary_is_never_drawn():
+    model, x = small(), torch.zeros(4, 1, dtype=torch.long)
     with torch.no_grad():
-        model.transformer.wte.weight[90:] = 50 * model.transformer.ln_f.bias  # the padding would win
-    x = torch.zeros(4, 1, dtype=torch.long)
+        model.transformer.wte.weight[90:] = 50 * model.transformer.ln_f.bias  # it would win
     assert model.generate(x, 20, 0).max() >= 90
     for temperature in (0, 1.0):
         assert model.generate(x, 20, temperature, n_vocab=90).max() < 90
+        assert model.generate(x, 20, temperature, top_k=95, n_vocab=90).max() < 90
 
-
-def test_generation_stops_at_end_of_text_and_keeps_the_mode():
-    model, x = small(dropout=0.5), torch.randint(96, (3, 4))
-    eot = int(model.generate(x[:1], 1, 0)[0, -1])
-    assert model.training
-    out = model.generate(x, 20, 0, eot=eot)
+def test_end_of_text_stops_a_row_and_all_rows_the_call():
+    model = small(dropout=0.5)
+    eot = int(model.generate(X[:1, :4], 1, 0)[0, -1])
+    assert model.training  # as before
+    out = model.generate(X[:, :4], 20, 0, eot=eot)
     for row in out[:, 4:].tolist():
-        if eot in row:
-            assert set(row[row.index(eot):]) == {eot}
-    assert model.generate(x[:1], 20, 0, eot=eot).shape == (1, 5)
+        assert eot not in row or set(row[row.index(eot):]) == {eot}
+    assert model.generate(X[:1, :4], 20, 0, eot=eot).shape == (1, 5)
+    prompt = torch.full((1, 4), eot)
+    assert model.generate(prompt, 3, 0, eot=eot).size(1) > 4  # in a prompt it stops nothing
     model.eval()
-    model.generate(x, 1)
+    model.generate(X[:, :4], 1)
     assert not model.training
 
+def test_prompts_of_other_lengths_are_continued_as_if_alone():
+    model, lengths = small(), torch.tensor([3, 9, 5])
+    out = model.generate(X[:, :9], 6, 0, lengths=lengths)
+    for row, length, prompt in zip(out, lengths, X, strict=True):
+        assert torch.equal(row[:length + 6], model.generate(prompt[None, :length], 6, 0)[0])
 
-def test_generation_does_not_touch_the_global_generator():
-    model, before = small(), torch.get_rng_state()
-    model.generate(torch.zeros(1, 1, dtype=torch.long), 5, generator=torch.Generator().manual_seed(0))
+def test_sampling_does_not_touch_the_global_generator():
+    model = small()
+    before = torch.get_rng_state()
+    first = model.generate(X[:, :1], 5, generator=torch.Generator().manual_seed(0))
     assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(first, model.generate(X[:, :1], 5, generator=torch.Generator().manual_seed(0)))
 
+# ---- optimizers
+@pytest.mark.parametrize('shape', [(5, 64, 64), (3, 32, 128), (3, 128, 32), (1, 96, 64)])
+@pytest.mark.parametrize('scale', [1e-6, 1.0, 1e4])
+def test_orthogonal_brings_singular_values_near_one(shape, scale):
+    torch.manual_seed(0)
+    u, _, vh = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    x = scale * (u * torch.logspace(-1, 0, u.size(-1))) @ vh  # singular values from 0.1 to 1
+    before = x.clone()
+    found, exact = orthogonal(x), u @ vh
+    assert found.shape == shape and found.dtype == x.dtype and torch.equal(x, before)
+    values = torch.linalg.svdvals(found)
+    assert 0.5 < values.min() and values.max() < 1.3
+    assert (found * exact).sum() / found.norm() / exact.norm() > 0.95  # and keeps the directions
+
+def muon_by_hand(w, gradients, lr, weight_decay, momentum=0.95):
+    """The updates of one matrix (rows <= columns) in double precision."""
+    w, m = w.double(), torch.zeros_like(w).double()
+    for g in gradients:
+        g = g.double()
+        m = momentum * m + (1 - momentum) * g
+        u = momentum * m + (1 - momentum) * g
+        u = u / u.norm()
+        for _ in range(5):
+            a = u @ u.T
+            u = 3.4445 * u + (-4.7750 * a + 2.0315 * a @ a) @ u
+        w = (1 - lr * weight_decay) * w - lr * 0.2 * math.sqrt(max(w.shape)) * u
+    return w
+
+def test_muon_is_what_the_paper_says_for_matrices_one_by_one():
+    torch.manual_seed(0)
+    shapes = [(16, 48), (16, 48), (16, 16), (16, 48), (12, 12)]
+    params = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    gradients = [[torch.randn(shape) for _ in range(3)] for shape in shapes]
+    expected = [muon_by_hand(p.detach(), g, 0.1, 0.3) for p, g in zip(params, gradients, strict=True)]
+    optimizer = Muon(params, lr=0.1, weight_decay=0.3)
+    for step in range(3):
+        for p, g in zip(params, gradients, strict=True):
+            p.grad = g[step].clone()
+        optimizer.step()
+    for p, w in zip(params, expected, strict=True):
+        assert torch.allclose(p.double(), w, atol=1e-4)
+
+def test_muon_of_a_tall_matrix_is_that_of_its_transpose_and_skips_what_has_no_gradient():
+    w, g = torch.randn(48, 16), torch.randn(48, 16)
+    tall, idle = torch.nn.Parameter(w.clone()), torch.nn.Parameter(torch.ones(4, 4))
+    tall.grad = g.clone()
+    Muon([tall, idle], lr=0.1, weight_decay=0.0).step()
+    assert torch.allclose(tall.double(), muon_by_hand(w.T, [g.T], 0.1, 0.0).T, atol=1e-4)
+    assert (idle == 1).all()
+
+@pytest.mark.parametrize('name', ['adamw', 'muon'])
+def test_decay_is_of_matrices_and_muon_has_exactly_those_of_the_blocks(name):
+    model = small()
+    optimizers = model.make_optimizers(name, 1e-3, 0.1, (0.9, 0.95))
+    names, found = {p: name for name, p in model.named_parameters()}, {}
+    for o in optimizers:
+        for group in o.param_groups:
+            found.update({names[p]: (type(o).__name__, group['weight_decay']) for p in group['params']})
+            assert group['lr'] == 1e-3 and group.get('betas', (0.9, 0.95)) == (0.9, 0.95)
+    assert len(optimizers) == 1 + (name == 'muon') and found.keys() == set(names.values())
+    for name_, p in model.named_parameters():
+        of_muon = name == 'muon' and p.dim() == 2 and '.h.' in name_
+        assert found[name_] == ('Muon' if of_muon else 'AdamW', 0.1 if p.dim() == 2 else 0.0), name_
+
+# ---- other shapes
+def test_new_ids_get_the_mean_of_the_embeddings_and_positions_are_cut():
+    model = small()
+    before = model(X[:, :16])
+    model.resize(16, 128)
+    assert (model.config.block_size, model.config.vocab_size) == (16, 128)
+    logits = model(X[:, :16])
+    assert torch.allclose(logits[..., :96], before, atol=1e-6)
+    new = before.mean(-1, keepdim=True).expand(-1, -1, 32)
+    assert torch.allclose(logits[..., 96:], new, atol=1e-4)  # never the likeliest
+    model.resize(16, 90)
+    assert torch.allclose(model(X[:, :16] % 90)[..., :90], small()(X[:, :16] % 90)[..., :90], atol=1e-6)
+    assert all(p.requires_grad and p.is_contiguous() for p in model.parameters())
+    with pytest.raises(ValueError, match='block_size 17 is over its 16'):
+        model.resize(17, 90)
 
 # ---- tokenizers
 def test_byte_tokenizer():
@@ -215,8 +314,7 @@ def test_byte_tokenizer():
     assert encoding.decode(encoding.encode_ordinary(text)) == text
     assert encoding.eot_token == 256 and encoding.n_vocab == 257
 
-
-def test_gpt2_tokenizer_is_not_downloaded(tmp_path, monkeypatch):
+def test_gpt2s_tokenizer_is_not_downloaded_unasked(tmp_path, monkeypatch):
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path))
     import tiktoken.registry
     monkeypatch.setattr(tiktoken.registry, 'ENCODINGS', {})
@@ -224,238 +322,3 @@ def test_gpt2_tokenizer_is_not_downloaded(tmp_path, monkeypatch):
         load_tokenizer('gpt2')
     with pytest.raises(ValueError, match='unknown tokenizer'):
         load_tokenizer('gpt3')
-
-
-# ---- token files
-def test_rows_of_shards(tmp_path):
-    make_text_data(tmp_path / 'd', tokens=100)
-    train, val, tokenizer = open_shards(str(tmp_path / 'd'), 16)
-    assert list(train) == ['x_train_000001.bin', 'x_train_000002.bin'] and list(val) == ['x_val_000000.bin'] and tokenizer['eot'] == 256
-    flat = [np.asarray(t) for t in train.values()]
-    rows = shard_rows(train, 16, range(8 + 10))  # (137 - 1) // 16 rows, then (174 - 1) // 16
-    assert rows.shape == (18, 17) and rows.dtype == torch.int64
-    assert np.array_equal(rows[7], flat[0][112:129]) and np.array_equal(rows[8], flat[1][:17]) and np.array_equal(rows[17], flat[1][144:161])
-
-
-def test_npy_shards_are_read(tmp_path):
-    for name in ('edufineweb_train_000001.npy', 'edufineweb_val_000000.npy'):
-        np.save(tmp_path / name, np.arange(100, dtype=np.uint16))
-    train, val, tokenizer = open_shards(str(tmp_path), 16)
-    assert list(train) == ['edufineweb_train_000001.npy'] and tokenizer['tokenizer'] == 'gpt2'
-    assert shard_rows(train, 16, [1])[0].tolist() == list(range(16, 33))
-
-
-def damage(path, how):
-    data = bytearray(path.read_bytes())
-    if how == 'truncated':
-        data = data[:-3]
-    elif how == 'odd length':
-        data += b'x'
-    elif how == 'token 65535':
-        data[1024 + 40:1024 + 42] = b'\xff\xff'
-    elif how == 'empty':
-        data = bytearray()
-    elif how == 'no tokens':
-        data = data[:8] + bytes(1016)
-    elif how == 'wrong header':
-        data[0] ^= 1
-    elif how == 'wrong version':
-        data[4] = 2
-    elif how == 'negative length':
-        data[8:12] = b'\xff\xff\xff\xff'
-    elif how == 'header only':
-        data = data[:500]
-    path.write_bytes(bytes(data))
-
-
-DAMAGES = {'truncated': 'bytes long', 'odd length': 'bytes long', 'token 65535': 'token 20 is 65535', 'empty': 'header', 'no tokens': 'holds no tokens',
-           'wrong header': 'header', 'wrong version': 'header', 'negative length': 'bytes long', 'header only': 'header'}
-
-
-@pytest.mark.parametrize('how', DAMAGES)
-@pytest.mark.parametrize('name', ['x_val_000000.bin', 'x_train_000002.bin'])
-def test_damaged_shards_are_named(tmp_path, how, name):
-    path = make_text_data(tmp_path / 'd') / name
-    damage(path, how)
-    with pytest.raises(ValueError, match=f'{name}: .*{DAMAGES[how]}'):
-        open_shards(str(tmp_path / 'd'), 16)
-
-
-@pytest.mark.parametrize('array', [np.arange(100), np.zeros((4, 100), np.uint16), np.zeros(100, np.float32), np.zeros(3, np.uint16)])
-def test_wrong_npy_shards_are_named(tmp_path, array):
-    np.save(tmp_path / 'a_train.npy', array)
-    np.save(tmp_path / 'a_val.npy', np.zeros(100, np.uint16))
-    with pytest.raises(ValueError, match='a_train.npy'):
-        open_shards(str(tmp_path), 16)
-
-
-def test_pickled_npy_is_not_executed(tmp_path):
-    np.save(tmp_path / 'a_train.npy', np.array([Bomb(tmp_path / 'boom')], dtype=object), allow_pickle=True)
-    np.save(tmp_path / 'a_val.npy', np.zeros(100, np.uint16))
-    with pytest.raises(ValueError, match='a_train.npy: '):
-        open_shards(str(tmp_path), 16)
-    assert not (tmp_path / 'boom').exists()
-
-
-@pytest.mark.parametrize('manifest', ['', '[]', '{', '{"tokenizer": "gpt2"}', '{"tokenizer": "bytes", "vocab_size": 70000, "eot": 256}', '[' * 100000, '\x00', '3',
-                                      '{"tokenizer": "bytes", "vocab_size": "257", "eot": 256}', '{"tokenizer": ["bytes"], "vocab_size": 257, "eot": 256}'])
-def test_damaged_manifests_are_named(tmp_path, manifest):
-    (make_text_data(tmp_path / 'd') / 'manifest.json').write_text(manifest)
-    with pytest.raises(ValueError, match='manifest.json'):
-        open_shards(str(tmp_path / 'd'), 16)
-
-
-def test_missing_data_is_said(tmp_path):
-    for folder in (tmp_path / 'none', tmp_path):
-        with pytest.raises(ValueError, match='folder|needs a validation'):
-            open_shards(str(folder), 16)
-    write_shard(tmp_path / 'only_train.bin', [1] * 100)
-    with pytest.raises(ValueError, match='needs a validation and a training shard'):
-        open_shards(str(tmp_path), 16)
-    write_shard(tmp_path / 'val.bin', [1] * 16)
-    with pytest.raises(ValueError, match='val.bin hold no row of 16'):
-        open_shards(str(tmp_path), 16)
-    (tmp_path / 'pieces').mkdir()
-    with pytest.raises(ValueError, match='half made'):
-        open_shards(str(tmp_path), 16)
-
-
-def test_a_short_last_shard_is_no_error(tmp_path):
-    make_text_data(tmp_path / 'd', tokens=100)
-    write_shard(tmp_path / 'd/x_train_000003.bin', [1] * 3)
-    train, _, _ = open_shards(str(tmp_path / 'd'), 16)
-    assert shard_rows(train, 16, range(18)).shape == (18, 17)
-
-
-def test_without_a_manifest_a_single_shard_is_not_enough(tmp_path):
-    write_shard(tmp_path / 'only_train.bin', [1] * 100)
-    with pytest.raises(ValueError, match='needs a validation and a training shard'):
-        open_shards(str(tmp_path), 16)
-
-
-# ---- files of torch.save
-class Bomb:
-    """Unpickling it writes a file."""
-    def __init__(self, path): self.path = str(path)
-    def __reduce__(self): return open, (self.path, 'w')
-
-
-def a_checkpoint(path):
-    torch.save({'model': {'w': torch.arange(500.0), 'b': torch.zeros(3, dtype=torch.bfloat16)}, 'step': 3, 'names': ['a', (1, None)]}, path)
-    return path
-
-
-def test_whole_files_are_read(tmp_path):
-    content = read_whole(str(a_checkpoint(tmp_path / 'a.pt')))
-    assert torch.equal(content['model']['w'], torch.arange(500.0)) and content['names'] == ['a', (1, None)]
-    (tmp_path / 'a.json').write_text(json.dumps({'a': 1}))
-    assert read_whole(str(tmp_path / 'a.json')) == {'a': 1}
-    with pytest.raises(FileNotFoundError):
-        read_whole(str(tmp_path / 'none.pt'))
-
-
-def test_nothing_in_a_file_is_executed(tmp_path):
-    torch.save({'model': Bomb(tmp_path / 'boom')}, tmp_path / 'zip.pt')
-    torch.save({'model': Bomb(tmp_path / 'boom')}, tmp_path / 'old.pt', _use_new_zipfile_serialization=False)
-    (tmp_path / 'raw.pt').write_bytes(pickle.dumps(Bomb(tmp_path / 'boom')))
-    for name in ('zip.pt', 'old.pt', 'raw.pt'):
-        with pytest.raises(ValueError):
-            read_whole(str(tmp_path / name))
-    assert not (tmp_path / 'boom').exists()
-
-
-def test_tensors_cannot_claim_more_than_they_bring(tmp_path):
-    torch.save({'w': torch.zeros(1).expand(10 ** 6, 10 ** 6)}, tmp_path / 'a.pt')
-    with pytest.raises(ValueError, match='claims more'):
-        read_whole(str(tmp_path / 'a.pt'))
-
-
-def test_damaged_files_are_refused_or_harmless(tmp_path, fuzz):
-    """Truncations, flipped bits, overwritten and removed stretches: a ValueError, or exactly what was written."""
-    whole = a_checkpoint(tmp_path / 'a.pt').read_bytes()
-    expected, rng, path, refused = read_whole(str(tmp_path / 'a.pt')), random.Random(0), tmp_path / 'b.pt', 0
-    for i in range(fuzz):
-        data, at = bytearray(whole), rng.randrange(len(whole))
-        if i % 4 == 0:
-            del data[at:]
-        elif i % 4 == 1:
-            data[at] ^= 1 << rng.randrange(8)
-        elif i % 4 == 2:
-            data[at:at + 50] = rng.randbytes(50)
-        else:
-            del data[at:at + rng.randrange(1, 100)]
-        path.write_bytes(bytes(data))
-        try:
-            content = read_whole(str(path))
-            assert torch.equal(content['model']['w'], expected['model']['w']) and content['step'] == 3, i
-        except ValueError:
-            refused += 1
-    assert refused > fuzz / 2
-
-
-def test_every_bit_of_the_tensor_data_counts(tmp_path):
-    path = a_checkpoint(tmp_path / 'a.pt')
-    with zipfile.ZipFile(path) as archive:
-        info = next(i for i in archive.infolist() if i.file_size == 2000)
-    data = path.read_bytes()
-    begin = data.index(torch.arange(500.0).numpy().tobytes(), info.header_offset)
-    for offset in (0, 777, 1999):
-        damaged = bytearray(data)
-        damaged[begin + offset] ^= 1
-        path.write_bytes(bytes(damaged))
-        assert torch.load(path, weights_only=True) is not None  # PyTorch itself does not notice
-        with pytest.raises(ValueError, match='damaged'):
-            read_whole(str(path))
-
-
-@pytest.mark.parametrize('count', [0, 1, 4, 10])
-def test_batches_come_in_order_and_so_many_ahead(count):
-    begun, turns = [], [(step, micro_step) for step in range(3) for micro_step in range(2)]
-
-    def batch(step, micro_step):
-        begun.append((step, micro_step))
-        if step == 3:
-            raise ValueError('a bad row')
-        return 10 * step + micro_step
-    batches = ahead(batch, turns, count)
-    found = [next(batches)]
-    assert len(begun) <= count + 1
-    assert found + list(batches) == [0, 1, 10, 11, 20, 21] and begun == turns
-    with pytest.raises(ValueError, match='a bad row'):
-        list(ahead(batch, [(2, 0), (3, 0)], count))
-
-
-# ---- what a reader may add
-@pytest.mark.parametrize('kind, settings', [('SGD', dict(momentum=0.9)), ('Adafactor', {}), ('RMSprop', dict(momentum=0.9))])
-def test_another_optimizer_is_resumed(kind, settings):
-    """To the bit, whatever the shapes of its state (Adafactor's has rows and columns); the state of one kind is not taken for another's."""
-    config = model.GPTConfig(block_size=8, vocab_size=16, n_layer=1, n_head=2, n_embd=8)
-    nets = [model.GPT(config) for _ in range(2)]
-    first, second = ([getattr(torch.optim, kind)(net.parameters(), lr=0.1, **settings)] for net in nets)
-
-    def step(net, optimizers):
-        net.zero_grad()
-        net(torch.zeros(1, 8, dtype=torch.long), torch.ones(1, 8, dtype=torch.long)).backward()
-        optimizers[0].step()
-    step(nets[0], first)
-    stored = copy.deepcopy(model.optimizer_state(nets[0], first))  # as from a file
-    assert stored['state']
-    model.load_optimizer_state(nets[1], second, stored)
-    nets[1].load_state_dict(nets[0].state_dict())
-    step(nets[0], first)
-    step(nets[1], second)
-    assert all(map(torch.equal, nets[0].state_dict().values(), nets[1].state_dict().values()))
-    adam = model.make_optimizers(nets[1], 'adamw', 0.1, 0.0, (0.9, 0.99))
-    for there, here in ((stored, adam), (model.optimizer_state(nets[1], adam), second)):
-        with pytest.raises(ValueError, match=f'is not that of {type(here[0]).__name__}'):
-            model.load_optimizer_state(nets[1], here, there)
-
-
-def test_another_activation_is_one_entry(tmp_path, monkeypatch):
-    monkeypatch.setitem(model.ACTIVATIONS, 'relu2', lambda x: x.relu() ** 2)
-    net = model.GPT(model.GPTConfig(block_size=8, vocab_size=16, n_layer=1, n_head=2, n_embd=8, activation='relu2'))
-    torch.save(dict(model=net.state_dict(), config=dict(n_head=2, activation='relu2')), tmp_path / 'a.pt')
-    assert model.read_gpt(str(tmp_path / 'a.pt'))['config']['activation'] == 'relu2'
-    monkeypatch.delitem(model.ACTIVATIONS, 'relu2')
-    with pytest.raises(ValueError, match='relu2'):
-        model.read_gpt(str(tmp_path / 'a.pt'))

@@ -113,6 +113,17 @@ def test_csv_files_that_hold_no_mazes(tmp_path, rows, told):
     assert not (tmp_path / 'a').exists()
 
 
+def test_a_byte_order_mark_of_a_csv_is_dropped(tmp_path):
+    solution = sudoku.new_solution(9, np.random.default_rng(0))
+    puzzle, answer = '.' + ''.join(map(str, solution.flat))[1:], ''.join(map(str, solution.flat))
+    for name, question, answer in (('maze', 'S G#', 'SoG#'), ('sudoku', puzzle, answer)):
+        for split in ('train', 'test'):
+            cells = (question, answer) if split == 'train' else (question[::-1], answer[::-1])
+            (tmp_path / f'{split}.csv').write_bytes(b'\xef\xbb\xbfquestion,answer\n%b,%b\n' % tuple(cell.encode() for cell in cells))
+        prepare(name, '--input=train.csv', '--test_input=test.csv', f'--output_dir={name}', cwd=tmp_path)
+        assert arrays(tmp_path / name, 'test')[0]['inputs'].shape == (1, len(question))
+
+
 def test_a_folder_of_something_else_is_not_replaced(tmp_path):
     (tmp_path / 'a').mkdir()
     (tmp_path / 'a' / 'mine').write_text('x')
