@@ -7,42 +7,20 @@ has no entry of its own in the state dict.
 
 Letters in shapes: B rows, T tokens, C width (n_embd), H heads, D = C / H, V ids.
 """
-import base64
-import fcntl
-import glob
 import hashlib
 import json
 import math
 import os
 import pickle
-import random
 import re
-import shutil
-import signal
-import subprocess
-import sys
-import time
-import unicodedata
-import warnings
 import zipfile
-import zlib
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
-from decimal import Decimal, localcontext
-from fractions import Fraction
-from functools import lru_cache, partial
-from types import SimpleNamespace
+from functools import partial
 
-import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-import torch.utils.checkpoint
 from safetensors.torch import load_file, save_file
-
-from configurator_old import fail, fail_if, master, nearby, print0
 
 # Dense bfloat16 FLOP/s that the makers state, by a part of the device's name.
 PEAK_FLOPS = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, '4090': 165e12,
@@ -63,7 +41,6 @@ TOKENIZERS = {
     'bytes': dict(tokenizer='bytes', vocab_size=257, eot=256),
 }
 
-
 @dataclass
 class GPTConfig:
     block_size: int = 1024   # longest sequence, tokens
@@ -74,11 +51,9 @@ class GPTConfig:
     dropout: float = 0.0     # probability, in training only
     activation: str = 'gelu_new'  # GPT-2's, a tanh approximation; 'gelu' is exact (nanoGPT's)
 
-
 # ---- model -------------------------------------------------------------------------------------
 # By the names of transformers' config.json.
 ACTIVATIONS = {'gelu_new': partial(F.gelu, approximate='tanh'), 'gelu': F.gelu}
-
 
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
@@ -105,7 +80,6 @@ class CausalSelfAttention(nn.Module):
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, self.dropout, self.training)
 
-
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -117,7 +91,6 @@ class MLP(nn.Module):
     def forward(self, x):
         x = self.c_proj(self.activation(self.c_fc(x)))
         return F.dropout(x, self.dropout, self.training)
-
 
 class Block(nn.Module):
     def __init__(self, config):
@@ -131,7 +104,6 @@ class Block(nn.Module):
         x = x + self.attn(self.ln_1(x), cache)
         x = x + self.mlp(self.ln_2(x))
         return x
-
 
 class HeadLoss(torch.autograd.Function):
     """Sum of the cross-entropies, in nats, of softmax(x @ weight.T) against targets.
@@ -173,7 +145,6 @@ class HeadLoss(torch.autograd.Function):
         dx, dweight = ctx.gradients
         ctx.gradients = None  # scaled in place: a second backward must fail, not count twice
         return dx.mul_(upstream), dweight.mul_(upstream), None, None, None
-
 
 class GPT(nn.Module):
     """forward(idx (B, T) int64) -> logits (B, T, V); with targets the loss in nats."""
@@ -232,8 +203,7 @@ class GPT(nn.Module):
         return loss / (targets >= 0).sum() if reduction == 'mean' else loss
 
     def compile(self, *args, **kwargs):
-        """As nn.Module.compile, in place. On a CPU without the head: its products gain nothing,
-        and a graph of all slices would keep them all in memory."""
+        """As nn.Module.compile, in place; on a CPU without the head, which gains nothing."""
         if self.transformer.wte.weight.device.type == 'cpu':
             self.compiled_hidden = torch.compile(self.hidden, *args, **kwargs)
         else:
@@ -275,7 +245,7 @@ class GPT(nn.Module):
         return optimizers
 
     def gradient_norms(self):
-        """' | grad wte 1.00e-02 wpe ... 0 ... 1 ...' for a log line: every part's, every block's."""
+        """' | grad wte 1.00e-02 wpe ... 0 ... 1 ...' for a log line: of every part and block."""
         parts = dict(self.transformer.items()) | dict(self.transformer.h.named_children())
         del parts['h']
         norms = {name: whole(torch.nn.utils.get_total_norm([p.grad for p in part.parameters()]))
@@ -283,7 +253,7 @@ class GPT(nn.Module):
         return ' | grad ' + ' '.join(f'{name} {norm.item():.2e}' for name, norm in norms.items())
 
     def shard(self, device_type, copies, ranks):
-        """FSDP2: split every weight over `ranks` ranks, in `copies` copies; see whole, split_like."""
+        """FSDP2: split every weight over `ranks` ranks, in `copies` copies (see whole)."""
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
         mesh = init_device_mesh(device_type, (copies, ranks), mesh_dim_names=('copies', 'ranks'))
@@ -352,8 +322,7 @@ class GPT(nn.Module):
 
         source: gpt2, gpt2-medium, gpt2-large, gpt2-xl or owner/name of the Hugging Face hub; a
         folder or .safetensors file of the transformers library; a checkpoint of this repository
-        or of nanoGPT; a bare state dict in a .pt file, if its size is a published one. OSError:
-        it is not there. ValueError: what it is, if it is not this model."""
+        or of nanoGPT. OSError: it is not there. ValueError: it is another model, and which."""
         hub = f'openai-community/{source}' if source in GPT_SIZES and source != 'tiny' else source
         path = find_model(source, hub, 'gpt2, gpt2-medium, gpt2-large, gpt2-xl, owner/name')
         if os.path.isdir(path) or path.endswith('.safetensors'):
@@ -406,7 +375,6 @@ class GPT(nn.Module):
                 file.write(content)
         os.replace(folder + '.tmp', folder)
 
-
 def pick(logits, temperature, top_k, top_p, generator):
     """One id (B, 1) for each row of logits (B, V), which are overwritten; see GPT.generate."""
     if temperature == 0:
@@ -424,7 +392,6 @@ def pick(logits, temperature, top_k, top_p, generator):
         outside[:, 0] = False  # the likeliest id always stays
         logits[outside.scatter(1, order, outside)] = -math.inf
     return torch.multinomial(logits.softmax(1), 1, generator=generator)
-
 
 # ---- optimizer ---------------------------------------------------------------------------------
 class Muon(torch.optim.Optimizer):
@@ -457,7 +424,6 @@ class Muon(torch.optim.Optimizer):
                     p.mul_(1 - lr * group['weight_decay'])
                     p.add_(update, alpha=-lr * 0.2 * math.sqrt(max(shape)))
 
-
 def orthogonal(x):
     """U V^T, roughly, of each matrix x = U S V^T in x (n, rows, columns): five Newton-Schulz steps
     with the coefficients of the Muon post, which bring singular values to between 0.7 and 1.2."""
@@ -473,7 +439,6 @@ def orthogonal(x):
         x = torch.baddbmm(x, polynomial, x, beta=a)
     return (x.mT if tall else x).to(dtype)
 
-
 def whole(state):
     """Tensors, nested in dicts and lists or not, that are whole where GPT.shard split them."""
     if isinstance(state, dict):
@@ -482,7 +447,6 @@ def whole(state):
         return [whole(value) for value in state]
     return state.full_tensor() if hasattr(state, 'full_tensor') else state
 
-
 def split_like(optimizer):
     """The reverse: split an optimizer's whole tensors as its parameters are."""
     from torch.distributed.tensor import DTensor, distribute_tensor
@@ -490,7 +454,6 @@ def split_like(optimizer):
         for name, tensor in state.items():
             if isinstance(p, DTensor) and tensor.shape == p.shape:
                 state[name] = distribute_tensor(tensor, p.device_mesh, p.placements)
-
 
 # ---- weights in and out ------------------------------------------------------------------------
 # What transformers' GPT-2 can also be, and this model cannot.
@@ -502,12 +465,10 @@ PUBLISHED = {f'transformer.{part}.{kind}' for kind in ('weight', 'bias') for par
     'wte', 'wpe', 'h.*.ln_1', 'h.*.attn.c_attn', 'h.*.attn.c_proj', 'h.*.ln_2', 'h.*.mlp.c_fc',
     'h.*.mlp.c_proj', 'ln_f')} - {'transformer.wte.bias', 'transformer.wpe.bias'}
 
-
 def one_line(error):
     """The error's own words without terminal codes and line breaks, at most 200 characters."""
     text = re.sub(r'\x1b\[[0-9;]*m', '', f'{type(error).__name__}: {error}')
     return ' '.join(text.split())[:200]
-
 
 def read_checkpoint(path):
     """The dict in a .pt file of torch.save, tensors on the CPU. Nothing in the file is executed.
@@ -535,10 +496,8 @@ def read_checkpoint(path):
     except Exception as error:  # a damaged file can provoke any of them
         raise ValueError(f'{path} cannot be read: {one_line(error)}') from error
 
-
 def read_gpt_checkpoint(path):
-    """(weights, shape, tokenizer or None) of a .pt file: a checkpoint of this repository or of
-    nanoGPT, or a bare state dict."""
+    """(weights, shape, tokenizer or None) of a checkpoint of this repository or of nanoGPT."""
     found = read_checkpoint(path)
     weights = clean_names(found.get('model', found), path)
     shape, tokenizer = found.get('model_config'), found.get('tokenizer')
@@ -551,20 +510,11 @@ def read_gpt_checkpoint(path):
                 if 'wte' not in name and 'wpe' not in name:
                     weights[name[:-6] + 'bias'] = torch.zeros(len(weights[name]))
     if shape is None:
-        # a bare state dict does not tell the number of heads: only a published size is known
-        blocks = {name.split('.')[2] for name in weights if name.startswith('transformer.h.')}
-        vocab_size, n_embd = weights['transformer.wte.weight'].shape
-        sizes = [size for size in GPT_SIZES.values()
-                 if (size['n_layer'], size['n_embd']) == (len(blocks), n_embd)]
-        if not sizes:
-            raise ValueError(f'{path} does not tell its shape: store it beside the weights, as '
-                             "{'model': weights, 'model_config': {'n_head': ...}}")
-        block_size = len(weights['transformer.wpe.weight'])
-        shape = dict(sizes[0], vocab_size=vocab_size, block_size=block_size)
+        raise ValueError(f'{path} does not tell the shape of its weights: store it beside them, as '
+                         "torch.save({'model': weights, 'model_config': {'n_layer': ...}})")
     if tokenizer not in TOKENIZERS.values():
         tokenizer = tokenizer_of_size(shape['vocab_size'])
     return weights, shape, tokenizer
-
 
 def read_transformers_gpt2(path):
     """(weights, shape, tokenizer or None) of a folder or .safetensors file of transformers."""
@@ -585,7 +535,6 @@ def read_transformers_gpt2(path):
             weights[name] = weights[name].t().contiguous()
     return weights, shape, tokenizer_of_size(shape['vocab_size'])
 
-
 def clean_names(weights, path):
     """The state dict under this model's names: without what torch.compile and DDP put in front,
     the causal masks of old files, and the head, which is wte."""
@@ -605,7 +554,6 @@ def clean_names(weights, path):
         raise ValueError(f'{path}: its lm_head.weight differs from wte.weight, here they are one')
     return ours
 
-
 def find_model(source, repository='', names='owner/name'):
     """Path of the weights that `source` names: a file or folder as it is; owner/name of the
     Hugging Face hub (or `repository`) is downloaded into its cache. OSError says what failed."""
@@ -621,13 +569,10 @@ def find_model(source, repository='', names='owner/name'):
         from huggingface_hub import snapshot_download
         wanted = ['config.json', 'model*.safetensors*', 'tokenizer.json']
         return snapshot_download(repository, allow_patterns=wanted)
-    except ImportError:
-        raise OSError(f"{source}: to download it pip install -e '.[data]', or name a folder that "
-                      'holds its config.json and model.safetensors') from None
-    except Exception as error:  # the hub's own errors, the network's, a bad name
-        raise OSError(f'{source} was not downloaded from the hub ({one_line(error)}); a folder '
-                      'that holds its config.json and model.safetensors works too') from error
-
+    except Exception as error:  # the hub's own errors, the network's, no huggingface_hub
+        raise OSError(f'{source} was not downloaded from the hub ({one_line(error)}), which needs '
+                      "pip install -e '.[data]'; a folder with its config.json and "
+                      'model.safetensors works too') from error
 
 # ---- tokenizer ---------------------------------------------------------------------------------
 def tokenizer_of_size(vocab_size):
@@ -636,7 +581,6 @@ def tokenizer_of_size(vocab_size):
         if known['vocab_size'] <= vocab_size < known['vocab_size'] + 64:
             return known
     return None
-
 
 def load_tokenizer(name, download=False):
     """The tiktoken.Encoding called 'bytes' (256 byte values, end-of-text) or 'gpt2' (50,257 ids).
@@ -665,7 +609,6 @@ def load_tokenizer(name, download=False):
     finally:
         tiktoken.load.read_file = read_file
 
-
 def gpt2_tokenizer_files(block_size):
     """{name: bytes} of what transformers' GPT2Tokenizer reads, out of tiktoken's cache."""
     load_tokenizer('gpt2')
@@ -678,6 +621,31 @@ def gpt2_tokenizer_files(block_size):
         with open(os.path.join(os.environ['TIKTOKEN_CACHE_DIR'], name_there), 'rb') as file:
             files[name] = file.read()
     return files
+
+
+# What stands from here on is of the four other scripts, until each has its own form.
+import base64  # noqa: E402
+import fcntl  # noqa: E402
+import glob  # noqa: E402
+import random  # noqa: E402
+import shutil  # noqa: E402
+import signal  # noqa: E402
+import subprocess  # noqa: E402
+import sys  # noqa: E402
+import time  # noqa: E402
+import unicodedata  # noqa: E402
+import warnings  # noqa: E402
+import zlib  # noqa: E402
+from collections import deque  # noqa: E402
+from concurrent.futures import ThreadPoolExecutor  # noqa: E402
+from decimal import Decimal, localcontext  # noqa: E402
+from fractions import Fraction  # noqa: E402
+from functools import lru_cache  # noqa: E402
+from types import SimpleNamespace  # noqa: E402
+import numpy as np  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+import torch.utils.checkpoint  # noqa: E402
+from configurator_old import fail, fail_if, master, nearby, print0  # noqa: E402
 
 
 # Qwen3 (Qwen Team 2025, arXiv 2505.09388). Module names are those of the published weights. Rows of different length are padded on the
