@@ -14,7 +14,7 @@ import os
 import pickle
 import re
 import zipfile
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import torch
@@ -325,17 +325,13 @@ class GPT(nn.Module):
         or of nanoGPT. OSError: it is not there. ValueError: it is another model, and which."""
         hub = f'openai-community/{source}' if source in GPT_SIZES and source != 'tiny' else source
         path = find_model(source, hub, 'gpt2, gpt2-medium, gpt2-large, gpt2-xl, owner/name')
-        if os.path.isdir(path) or path.endswith('.safetensors'):
-            weights, shape, tokenizer = read_transformers_gpt2(path)
-        else:
-            weights, shape, tokenizer = read_gpt_checkpoint(path)
-        unknown = shape.keys() - {field.name for field in fields(GPTConfig)}
-        if unknown:
-            raise ValueError(f'{path} has {", ".join(sorted(unknown))}, which GPTConfig has not')
+        of_transformers = os.path.isdir(path) or path.endswith('.safetensors')
+        read = read_transformers_gpt2 if of_transformers else read_gpt_checkpoint
         try:
-            model = cls(GPTConfig(**{**shape, **changes}))
+            weights, shape, tokenizer = read(path)
+            model = cls(GPTConfig(**{**shape, **changes}))  # TypeError: a field that it has not
             model.load_state_dict(weights)
-        except (RuntimeError, ValueError, TypeError) as error:
+        except (RuntimeError, KeyError, TypeError) as error:
             raise ValueError(f'{path} is another model: {one_line(error)}') from error
         model.tokenizer = tokenizer
         return model
@@ -346,6 +342,9 @@ class GPT(nn.Module):
         tokenizer: an entry of TOKENIZERS. The padding of the vocabulary is left out; GPT-2's own
         tokenizer files are put in, so that lm-eval needs nothing else. ValueError if GPT-2 in
         transformers cannot be this model."""
+        folder = os.path.normpath(folder)
+        if os.path.exists(folder):
+            raise ValueError(f'{folder} is there already: name a new folder')
         names = dict(block_size='n_positions', vocab_size='vocab_size', n_layer='n_layer',
                      n_head='n_head', n_embd='n_embd', activation='activation_function')
         config = asdict(self.config)

@@ -533,26 +533,6 @@ def test_generators_of_new_ranks_depend_on_seed_rank_and_step_alone(bench):
     assert all(differences(rng[0][name], rng[1][name]) for name in ('torch', 'numpy', 'python'))
 
 
-def test_changed_total_batch_size_continues_at_the_right_row(bench):
-    if 'total_batch_size' in bench.case.without:
-        pytest.skip('has no total_batch_size')
-    go(bench, out='whole', prelude=hook(bench, record(bench))).ok()
-    rows = seen(bench)
-    stopped(bench, 4)
-    for size, steps_done in ((64, 6), (256, 8)):
-        stop = '    if trained > 4: signal.raise_signal(signal.SIGTERM)' if steps_done == 6 else ''
-        go(bench, '--auto_resume', total_batch_size=size, prelude=hook(bench, record(bench) + stop))
-        assert steps(bench)[-1] == steps_done
-    # 4 steps of 8 rows, 2 of 4 (and the micro-step in which the run was told to stop, done again), 2 of 16
-    assert seen(bench) == rows[32:40] + rows[40:42] + rows[40:] + rows_of_epoch_after(bench, 72)
-
-
-def rows_of_epoch_after(bench, row):
-    """Rows 64 .. row-1 of the data order: what a longer run sees next."""
-    go(bench, out='longer', max_steps=row // 8, prelude=hook(bench, record(bench))).ok()
-    return seen(bench)[64:]
-
-
 # ---- 5. rotation ---------------------------------------------------------------------------------------------------
 @pytest.mark.fenced
 @pytest.mark.parametrize('keep, permanent, interval, last, kept', [
