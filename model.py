@@ -20,6 +20,7 @@ from functools import partial
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 # Dense bfloat16 FLOP/s that the makers state, by a part of the device's name.
@@ -124,8 +125,9 @@ class HeadLoss(torch.autograd.Function):
         # 2^23 logits are 32 MB; a GPU wants larger slices, each costs it a pass over the weights
         at_once = 2 ** 23 if device == 'cpu' else 2 ** 28
         slices = max(1, -(-len(x) * len(weight) // at_once))
-        for rows in torch.arange(len(x), device='cpu').tensor_split(slices):
-            i, j = int(rows[0]), int(rows[-1]) + 1
+        rows = max(1, -(-len(x) // slices))
+        for i in range(0, len(x), rows):
+            j = min(i + rows, len(x))
             target, factor = targets[i:j].clamp(min=0).unsqueeze(1), factors[i:j].unsqueeze(1)
             logits = (x[i:j] @ weight.t()).to(total.dtype)
             log_sums = logits.logsumexp(1, keepdim=True)
@@ -322,16 +324,23 @@ class GPT(nn.Module):
 
         source: gpt2, gpt2-medium, gpt2-large, gpt2-xl or owner/name of the Hugging Face hub; a
         folder or .safetensors file of the transformers library; a checkpoint of this repository
-        or of nanoGPT. OSError: it is not there. ValueError: it is another model, and which."""
-        hub = f'openai-community/{source}' if source in GPT_SIZES and source != 'tiny' else source
-        path = find_model(source, hub, 'gpt2, gpt2-medium, gpt2-large, gpt2-xl, owner/name')
-        of_transformers = os.path.isdir(path) or path.endswith('.safetensors')
-        read = read_transformers_gpt2 if of_transformers else read_gpt_checkpoint
+        or of nanoGPT, or what read_checkpoint read of it. OSError: it is not there. ValueError:
+        it is another model, and which."""
+        if isinstance(source, dict):
+            path, read = 'the checkpoint', partial(read_gpt_checkpoint, source)
+        else:
+            hub = source in GPT_SIZES and source != 'tiny'
+            path = find_model(source, f'openai-community/{source}' if hub else '',
+                              'gpt2, gpt2-medium, gpt2-large, gpt2-xl, owner/name')
+            of_transformers = os.path.isdir(path) or path.endswith('.safetensors')
+            read = read_transformers_gpt2
+            if not of_transformers:
+                read = partial(read_gpt_checkpoint, read_checkpoint(path))
         try:
             weights, shape, tokenizer = read(path)
             model = cls(GPTConfig(**{**shape, **changes}))  # TypeError: a field that it has not
             model.load_state_dict(weights)
-        except (RuntimeError, KeyError, TypeError) as error:
+        except (RuntimeError, KeyError, TypeError, SafetensorError) as error:
             raise ValueError(f'{path} is another model: {one_line(error)}') from error
         model.tokenizer = tokenizer
         return model
@@ -495,9 +504,8 @@ def read_checkpoint(path):
     except Exception as error:  # a damaged file can provoke any of them
         raise ValueError(f'{path} cannot be read: {one_line(error)}') from error
 
-def read_gpt_checkpoint(path):
+def read_gpt_checkpoint(found, path):
     """(weights, shape, tokenizer or None) of a checkpoint of this repository or of nanoGPT."""
-    found = read_checkpoint(path)
     weights = clean_names(found.get('model', found), path)
     shape, tokenizer = found.get('model_config'), found.get('tokenizer')
     if shape is None and 'model_args' in found:
@@ -518,10 +526,10 @@ def read_gpt_checkpoint(path):
 def read_transformers_gpt2(path):
     """(weights, shape, tokenizer or None) of a folder or .safetensors file of transformers."""
     folder = path if os.path.isdir(path) else os.path.dirname(path)
-    with open(os.path.join(folder, 'config.json'), encoding='utf-8') as file:
-        config = json.load(file)
+    with open(os.path.join(folder, 'config.json'), 'rb') as file:
+        config = json.loads(file.read().decode(errors='replace'))
     for name, value in dict(FIXED, model_type='gpt2', add_cross_attention=False).items():
-        if config.get(name, value) not in (value, 4 * config['n_embd']):
+        if config.get(name, value) not in (value, 4 * config.get('n_embd', 0)):
             raise ValueError(f'{folder}/config.json says {name} {config[name]!r}, not {value!r}')
     activation = config.get('activation_function', 'gelu_new')
     shape = dict(block_size=config['n_positions'], vocab_size=config['vocab_size'],

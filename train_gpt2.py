@@ -135,16 +135,20 @@ def checkpoint_name(step):
 def checkpoint_steps():
     """Steps of the numbered checkpoints in log_dir, ascending."""
     names = os.listdir(log_dir) if os.path.isdir(log_dir) else []
-    return sorted(int(name[6:-3]) for name in names if re.fullmatch(r'model_\d{5,}\.pt', name))
+    names = [name for name in names if re.fullmatch(r'model_(\d{5}|[1-9]\d{5,})\.pt', name)]
+    return sorted(int(name[6:-3]) for name in names)
 
 # Which checkpoint does this launch read? The one typed, else the newest in log_dir that is whole.
 if checkpoint_path and not one_shot:
-    log_dir = os.path.dirname(checkpoint_path) or '.'  # a run goes on where it was
+    # a run goes on where it was
+    log_dir = config['log_dir'] = os.path.dirname(checkpoint_path) or '.'
 best_name = os.path.join(log_dir, 'model_best.pt')
 in_folder = [checkpoint_name(step) for step in reversed(checkpoint_steps())]
 in_folder += [best_name] if os.path.exists(best_name) else []
 checkpoint, checkpoint_file = {}, ''
-if checkpoint_path:
+if checkpoint_path and not os.path.exists(checkpoint_path):
+    fail(f'{checkpoint_path} does not exist; the newest in {log_dir}: {in_folder[:3]}')
+elif checkpoint_path:
     checkpoint, checkpoint_file = checked(read_checkpoint, checkpoint_path), checkpoint_path
 elif resume or auto_resume or (one_shot and init_from == 'scratch'):
     for path in in_folder:
@@ -161,35 +165,39 @@ if not checkpoint and init_from == 'scratch' and one_shot:
     fail(f'no checkpoint in {log_dir}: name one with --checkpoint_path')
 
 # Settings: default < preset < the stored run's < typed. The weights decide on the model's shape.
-pretrained = None
 if checkpoint:
     config.restore(checkpoint['config'], checkpoint_file)
-    stored = checkpoint['config']
-    shape = dict(checkpoint['model_config'], model=stored['model'], optimizer=stored['optimizer'])
 else:
     config.fill({**GPT_SIZES[model], **PRESETS.get(model, {})})
     if model == 'tiny' and optimizer == 'adamw':
         config.fill(dict(max_lr=4e-3))
-    if init_from != 'scratch':
-        pretrained = checked(GPT.from_pretrained, init_from, dropout=dropout)
-    shape = asdict(pretrained.config) if pretrained else {}
-for name in shape.keys() - {'dropout', 'vocab_size'}:
-    cut = pretrained and name == 'block_size' and block_size < shape[name]
-    if name in config.typed and config[name] != shape[name] and not cut:
-        fail(f'--{name}={config[name]}: {checkpoint_file or init_from} has {shape[name]}')
-    config.fill({name: shape[name]})
+source = checkpoint_file or init_from
+pretrained, fixed = None, {}
+if source != 'scratch':
+    pretrained = checked(GPT.from_pretrained, checkpoint or init_from, dropout=dropout)
+    fixed = asdict(pretrained.config)
+if checkpoint:
+    fixed.update(model=checkpoint['config']['model'], optimizer=checkpoint['config']['optimizer'])
+for name in fixed.keys() - {'dropout'}:
+    # a new run may have fewer positions and other padding of the vocabulary
+    new_size = not checkpoint and name in ('block_size', 'vocab_size')
+    if name in config.typed and config[name] != fixed[name] and not new_size:
+        fail(f'--{name}={config[name]}: {source} has {fixed[name]}')
+    if name != 'vocab_size':
+        config.fill({name: fixed[name]})
 if min_lr < 0:
     min_lr = max_lr / 10
 if warmup_steps > max_steps:
     print0(f'WARNING: {warmup_steps} warmup_steps in {max_steps} steps: max_lr is never reached')
 
+if any(type(step) is not int for step in permanent_checkpoints):
+    fail(f'--permanent_checkpoints={permanent_checkpoints}: expected whole numbers')
+
 # ---- devices and ranks (=) ---------------
 # torchrun sets all of these variables; a cluster that exports some of them makes no ranks
-ddp = all(os.environ.get(name) for name in (
-    'RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT'))
-rank = int(os.environ['RANK']) if ddp else 0
-world_size = int(os.environ['WORLD_SIZE']) if ddp else 1
-local_rank = int(os.environ['LOCAL_RANK']) if ddp else 0
+names = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')
+ddp = all(os.environ.get(name) for name in (*names, 'MASTER_ADDR', 'MASTER_PORT'))
+rank, local_rank, world_size = [int(os.environ[name]) for name in names] if ddp else (0, 0, 1)
 master = rank == 0  # it prints, logs and saves
 usable = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
 device = device or next(name for name in usable if usable[name])
@@ -244,19 +252,20 @@ if total_batch_size % micro_total and not one_shot:
 rows_per_step = total_batch_size // T
 
 train_shards, val_shards = {}, {}
-tokenizer = pretrained.tokenizer if pretrained else checkpoint.get('tokenizer')
+tokenizer = pretrained.tokenizer if pretrained else None
 if not one_shot or eval_only:
     known = tokenizer
     train_shards, val_shards, tokenizer = checked(open_shards, data_root, T)
     if known and known != tokenizer:
-        fail(f'{checkpoint_file or init_from} was trained on {known["tokenizer"]} tokens, '
-             f'{data_root} holds {tokenizer["tokenizer"]}')
+        fail(f'{source} was trained on {known["tokenizer"]} tokens, {data_root} holds '
+             f'{tokenizer["tokenizer"]}')
+if not tokenizer:
+    fail(f'{source}: its tokenizer is not known')
 train_rows = sum((len(tokens) - 1) // T for tokens in train_shards.values())
 val_rows = sum((len(tokens) - 1) // T for tokens in val_shards.values())
 if val_tokens:
     val_rows = min(val_rows, max(1, val_tokens // T))
-# the row where a step begins; only a resume with another total_batch_size moves them
-first_step, first_row = 0, 0
+shift = 0  # rows; only a resume with another total_batch_size changes it
 
 @lru_cache(maxsize=2)
 def permutation(epoch):
@@ -264,7 +273,7 @@ def permutation(epoch):
 
 def loader_state(step):
     """Where the data of this step begins, and in which data."""
-    epoch, row = divmod(first_row + (step - first_step) * rows_per_step, train_rows)
+    epoch, row = divmod(step * rows_per_step + shift, train_rows)
     shards = {name: len(tokens) for name, tokens in train_shards.items()}
     return dict(seed=seed, epoch=epoch, row=row, row_length=T, shards=shards)
 
@@ -273,13 +282,10 @@ def get_batch(step, micro_step):
 
     The rows of all shards form one list, each epoch has its own permutation of it, and a step
     takes the next rows_per_step: the order depends on seed and step alone, not on the ranks."""
-    begin = first_row + (step - first_step) * rows_per_step
-    begin += (micro_step * world_size + rank) * batch_size
+    begin = step * rows_per_step + shift + (micro_step * world_size + rank) * batch_size
     rows = range(begin, begin + batch_size)
     rows = [permutation(row // train_rows)[row % train_rows] for row in rows]
-    tokens = read_rows(train_shards, T, rows)
-    if tokens.max() >= tokenizer['vocab_size']:
-        fail(f'{data_root}: id {tokens.max()} is no id of {tokenizer["tokenizer"]}')
+    tokens = read_rows(train_shards, T, rows, tokenizer['vocab_size'])
     length = lengths[np.random.default_rng([seed, step, 1]).integers(len(lengths))]
     x, y = tokens[:, :-1].reshape(-1, length), tokens[:, 1:].reshape(-1, length)
     return (x.pin_memory(), y.pin_memory()) if device_type == 'cuda' else (x, y)
@@ -296,16 +302,12 @@ def batches(step):
 
 # ---- model and optimizer -----------------
 torch.manual_seed(seed)  # the same first weights on every rank
-if checkpoint:
-    shape = dict(checkpoint['model_config'], dropout=dropout)
-    raw_model = GPT(GPTConfig(**shape))
-    raw_model.load_state_dict(checkpoint['model'])
-else:
-    shape = {f.name: config[f.name] for f in fields(GPTConfig) if f.name in config}
-    if vocab_size < 0:
-        shape['vocab_size'] = -(-tokenizer['vocab_size'] // 64) * 64
-    raw_model = pretrained or checked(GPT, GPTConfig(**shape))
-    raw_model.resize(block_size, shape['vocab_size'])
+ids = pretrained.config.vocab_size if checkpoint else vocab_size
+if ids < 0:
+    ids = -(-tokenizer['vocab_size'] // 64) * 64
+shape = {f.name: config[f.name] for f in fields(GPTConfig) if f.name in config}
+raw_model = pretrained or checked(GPT, GPTConfig(**{**shape, 'vocab_size': ids}))
+checked(raw_model.resize, block_size, ids)
 if raw_model.config.vocab_size < tokenizer['vocab_size']:
     fail(f'vocab_size {vocab_size} is less than the tokenizer has, {tokenizer["vocab_size"]}')
 raw_model.to(device)
@@ -365,9 +367,11 @@ def write_whole(content, path):
     os.replace(path + '.tmp', path)
 
 # ---- checkpoint --------------------------
-step, evaluated = 0, False  # completed updates; has what is due at this step been done?
-val_loss, best_val_loss, best_step = math.inf, math.inf, -1
-wandb_id, log_file = '', None
+step = checkpoint.get('step', 0)  # completed updates
+evaluated = checkpoint.get('evaluated', False)  # has what is due at this step been done?
+val_loss = checkpoint.get('val_loss', math.inf)
+best_val_loss = checkpoint.get('best_val_loss', math.inf)
+best_step = checkpoint.get('best_step', -1)
 
 def save_checkpoint(path):
     """Write all that a resume needs, then delete what is not kept. All ranks call it."""
@@ -388,7 +392,6 @@ def save_checkpoint(path):
             os.remove(checkpoint_name(s))
 
 # ---- resume ------------------------------
-step = checkpoint.get('step', 0)
 seed_generators(step)
 if checkpoint and not one_shot:
     there = checkpoint['train_loader_state']
@@ -396,10 +399,7 @@ if checkpoint and not one_shot:
         fail(f'{checkpoint_file} was trained on other data: {data_root} has changed')
     if step > max_steps:
         fail(f'{checkpoint_file} is at step {step}, beyond max_steps {max_steps}')
-    first_step, first_row = step, there['epoch'] * train_rows + there['row']
-    evaluated, val_loss = checkpoint['evaluated'], checkpoint['val_loss']
-    best_val_loss, best_step = checkpoint['best_val_loss'], checkpoint['best_step']
-    wandb_id = checkpoint['wandb_id']
+    shift = there['epoch'] * train_rows + there['row'] - step * rows_per_step
     for o, stored in zip(optimizers, checkpoint['optimizer'], strict=True):
         # the groups are the present ones: weight decay and betas may have been typed anew
         o.load_state_dict(dict(stored, param_groups=o.state_dict()['param_groups']))
@@ -409,43 +409,12 @@ if checkpoint and not one_shot:
         scaler.load_state_dict(checkpoint['scaler'])
     if rank < len(checkpoint['ranks']):
         set_generator_states(checkpoint['ranks'][rank])
-    if master and checkpoint_path:
-        # what is later in the folder belongs to another future
-        later = [checkpoint_name(s) for s in checkpoint_steps() if s > step]
-        if os.path.exists(best_name) and read_checkpoint(best_name)['step'] > step:
-            later.append(best_name)
-        for path in later:
-            os.replace(path, path + '.old')
-            print0(f'{path} is later than step {step}: now {path}.old')
 # nodes whose folders are not shared would train on different data in silence
 facts = gathered((step, train_rows, val_rows))
 if len(set(facts)) > 1:
     fail(f'(step, rows, val rows) of the ranks differ, {facts}: share {log_dir}, {data_root}')
-if master and not one_shot:
-    os.makedirs(log_dir, exist_ok=True)
-    log_file = open(os.path.join(log_dir, 'log.txt'), 'ab')
-    # lines behind the checkpoint will be written again
-    log_file.truncate(min(log_file.tell(), checkpoint.get('log_bytes', 0)))
-    if save_config:
-        config.save(os.path.join(log_dir, 'config.py'))
-wandb_run = None
-if wandb_log and master and not one_shot:
-    import wandb
-    try:
-        wandb_run = wandb.init(project=wandb_project, name=run_name or None, config=dict(config),
-                               dir=log_dir, id=wandb_id or None, resume='allow')
-    except wandb.errors.Error as error:
-        fail(f'wandb: {error}; without an account set WANDB_MODE=offline')
-    wandb_id = wandb_run.id
 if compile:
     raw_model.compile()  # in place: the names in the state dict stay as they are
-net = raw_model
-if ddp and not model_parallel and not one_shot:
-    # With find_unused_parameters torch keeps the gradient buckets of the first step. Without, it
-    # lays them out anew after the first step of a process, and from three ranks on a resumed
-    # run would add up in another order.
-    net = DistributedDataParallel(raw_model, find_unused_parameters=True,
-                                  device_ids=[local_rank] if device_type == 'cuda' else None)
 
 # ---- evaluation --------------------------
 @torch.no_grad()
@@ -456,7 +425,8 @@ def evaluate():
     for begin in range(0, val_rows, batch_size * world_size):
         # as many batches on every rank, all of one size; a row too many counts nothing
         rows = np.arange(batch_size) + begin + rank * batch_size
-        tokens = read_rows(val_shards, T, np.minimum(rows, val_rows - 1))
+        real = np.minimum(rows, val_rows - 1)
+        tokens = checked(read_rows, val_shards, T, real, tokenizer['vocab_size'])
         x, y = tokens[:, :-1], tokens[:, 1:].clone()
         y[rows >= val_rows] = -1
         with autocast:
@@ -472,11 +442,12 @@ def sample(text, seed):
     with autocast:
         ids = raw_model.generate(prompt, max_new_tokens, temperature, top_k, 1.0,
                                  tokenizer['vocab_size'], tokenizer['eot'], generator)
-    return encoding.decode([i for i in ids[0].tolist() if i != tokenizer['eot']])
+    text = encoding.decode([i for i in ids[0].tolist() if i != tokenizer['eot']])
+    return re.sub(r'[^\n\t -~\xa0-\U0010ffff]', '\ufffd', text)  # no codes for the terminal
 
 # ---- one-shot modes ----------------------
 if one_shot:
-    print0(f'model {checkpoint_file or init_from}')
+    print0(f'model {source}')
     if eval_only:
         print0(f'step {step} | val loss {evaluate():.4f}')
     if 'generate' in config.typed:
@@ -487,6 +458,44 @@ if one_shot:
     sys.exit()
 
 # ---- training loop -----------------------
+net = raw_model
+if ddp and not model_parallel:
+    # With find_unused_parameters torch keeps the gradient buckets of the first step. Without, it
+    # lays them out anew after the first step of a process, and from three ranks on a resumed
+    # run would add up in another order.
+    net = DistributedDataParallel(raw_model, find_unused_parameters=True)
+if checkpoint_path and master:
+    # what is later in the folder belongs to another future
+    later = [checkpoint_name(s) for s in checkpoint_steps() if s > step]
+    try:
+        later += [best_name] if read_checkpoint(best_name)['step'] > step else []
+    except FileNotFoundError:
+        pass  # there is no best one yet
+    except ValueError:
+        later.append(best_name)
+    for path in later:
+        os.replace(path, path + '.old')
+        print0(f'{path} is later than step {step}, or damaged: now {path}.old')
+if master:
+    os.makedirs(log_dir, exist_ok=True)
+    log_file = open(os.path.join(log_dir, 'log.txt'), 'ab')
+    # lines behind the checkpoint will be written again
+    log_file.truncate(min(log_file.tell(), checkpoint.get('log_bytes', 0)))
+    if save_config:
+        config.save(os.path.join(log_dir, 'config.py'))
+wandb_run, wandb_id = None, checkpoint.get('wandb_id', '')
+if wandb_log and master:
+    import wandb
+    try:
+        wandb_run = wandb.init(project=wandb_project, name=run_name or None, config=dict(config),
+                               dir=log_dir, id=wandb_id or None, resume='allow')
+    except wandb.errors.Error as error:
+        fail(f'wandb: {error}; without an account set WANDB_MODE=offline')
+    wandb_id = wandb_run.id
+
+def due(interval):
+    return step == max_steps or (interval > 0 and step % interval == 0)
+
 def log(line, **wandb_values):
     print0(line)
     if master:
@@ -506,7 +515,7 @@ for number in told:
     signal.signal(number, on_signal)
 
 parameters = list(raw_model.parameters())
-log(f'# run {run_name or log_dir} from {checkpoint_file or init_from}, step {step}, seed {seed}')
+log(f'# run {run_name or log_dir} from {source}, step {step}, seed {seed}')
 log(f'# {sum(p.numel() for p in parameters):,} parameters: {raw_model.config}')
 log(f'# {total_batch_size:,} tokens per step = {batch_size} rows x {T} x {accumulation} '
     f'micro-step(s) x {world_size} rank(s)')
@@ -522,31 +531,29 @@ batch = batches(step)
 start_step, start_time, times = step, time.perf_counter(), []
 while True:
     # 1) What is due after `step` updates. Nothing here changes the training.
-    last = step == max_steps
+    # model_best.pt is written before the numbered checkpoint of its step
+    unsaved = not evaluated or checkpoint_file == best_name
     if not evaluated:
-        improved = False
-        if last or (eval_interval > 0 and step % eval_interval == 0):
+        if due(eval_interval):
             val_loss = evaluate()
             log(f'step {step}/{max_steps} | val loss {val_loss:.4f}', val_loss=val_loss)
-            improved = val_loss < best_val_loss
-        if improved:
-            best_val_loss, best_step = val_loss, step
-        if step and generate_interval > 0 and (last or step % generate_interval == 0):
+            if val_loss < best_val_loss:
+                best_val_loss, best_step = val_loss, step
+        if step and generate_interval > 0 and due(generate_interval):
             text = sample('', seed + step).replace('\n', '\n    ')
             log(f'step {step}/{max_steps} | sample\n    {text}')
         evaluated = True
-        if improved and step:
+        if step and step == best_step:
             save_checkpoint(best_name)
-        due = last or (checkpoint_interval > 0 and step % checkpoint_interval == 0)
-        if step and (due or step in permanent_checkpoints):
-            save_checkpoint(checkpoint_name(step))
-    if last:
+    if unsaved and step and (due(checkpoint_interval) or step in permanent_checkpoints):
+        save_checkpoint(checkpoint_name(step))
+    if step == max_steps:
         break
 
     # 2) The gradients of one batch, a micro-batch at a time.
     step_begun, lr, step_loss = time.perf_counter(), get_lr(step), torch.zeros((), device=device)
     for micro_step in range(accumulation):
-        x, y = next(batch)
+        x, y = checked(next, batch)
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
         # the ranks exchange gradients in the last micro-step alone; set before the forward
         net.require_backward_grad_sync = micro_step == accumulation - 1
@@ -590,7 +597,7 @@ while True:
 
     # 5) The report, and the stop if any rank was told to.
     times.append(time.perf_counter() - step_begun)
-    if step % log_interval == 0 or step == 1 or step == max_steps:
+    if due(log_interval) or step == 1:
         dt, times = sum(times) / len(times), []
         # at the pace of this launch, with all that it did beside
         pace = (time.perf_counter() - start_time) / (step - start_step)
@@ -612,4 +619,5 @@ log(f'# best val loss {best_val_loss:.4f} at step {best_step}, checkpoints in {l
 if wandb_run:
     wandb_run.finish()
 if ddp:
+    gathered(step)  # nobody leaves while another rank still writes or reads
     dist.destroy_process_group()

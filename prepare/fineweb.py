@@ -87,7 +87,9 @@ def open_shards(folder, T):
     GPT-2's if no manifest.json names another. T: block_size. ValueError says what is wrong."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f'{folder} is no folder')
+        raise ValueError(
+            f'{folder} is no folder; to make data: python prepare/fineweb.py, or without a '
+            'download python prepare/pydocs.py, then --model=tiny --data_root=data/pydocs')
     if (folder / 'pieces').exists():
         raise ValueError(f'{folder} is half made: run the prepare script again, it continues')
     paths = sorted(path for path in folder.iterdir() if path.suffix in ('.bin', '.npy'))
@@ -116,9 +118,9 @@ def open_shards(folder, T):
                 f'block_size + 1 = {T + 1:,}: prepare more text or choose a smaller --block_size')
     return train, val, TOKENIZERS[tokenizer]
 
-def read_rows(shards, T, rows):
+def read_rows(shards, T, rows, vocab_size=2 ** 16):
     """Rows (n, T + 1) int64 by number: row r of a shard is its tokens[r*T : r*T + T + 1], the rows
-    of all shards are one list."""
+    of all shards are one list. ValueError names a shard with an id beyond the vocabulary."""
     tokens = list(shards.values())
     ends = np.cumsum([(len(part) - 1) // T for part in tokens])
     picked = np.empty((len(rows), T + 1), np.int64)
@@ -126,6 +128,9 @@ def read_rows(shards, T, rows):
         first = ends[shard - 1] if shard > 0 else 0
         start = (row - first) * T
         picked[i] = tokens[shard][start:start + T + 1]
+        if picked[i].max() >= vocab_size:
+            name = list(shards)[shard]
+            raise ValueError(f'{name}: id {picked[i].max()} is beyond its tokenizer')
     return torch.from_numpy(picked)
 
 # -----------------------------------------------------------------------------

@@ -71,8 +71,7 @@ TRM = {'trm_tiny': dict(hidden_size=64, num_heads=4, L_layers=1, H_cycles=2, L_c
 NO_EVALUATION = {'or step == 0 or last:\n            val_loss': ':\n            val_loss'}  # of finetune_dolly.py
 RANDOM_BATCHES = {  # of model.py: padded to their longest row, every position meets the head
     'window[np.argsort(lengths[window], kind=\'stable\')]': 'window', 'return -(-length // 16) * 16': 'return int(length)',
-    'loss = HeadLoss.apply(x if places is None else x[places], weight, targets, torch.is_grad_enabled(), factors, shared)':
-    'loss = HeadLoss.apply(x, weight, targets.new_full((len(x),), -1).scatter(0, places, targets), torch.is_grad_enabled(), None, shared)'}
+    'x = x[places]': 'targets, factors = targets.new_full((len(x),), -1).scatter(0, places, targets), None'}
 
 
 def replaced(source, changes):
@@ -139,7 +138,7 @@ def contestants(case, folder):
         mark = ' compiled' if compiled else ''
         found['ours' + mark] = folder / 'ours', [
             ROOT / 'train_gpt2.py', *common, '--data_root=data', f'--log_dir=logs{int(compiled)}', f'--block_size={c["T"]}', f'--vocab_size={c["vocab"]}',
-            f'--batch_size={c["B"]}', '--grad_accumulation_steps=1', f'--max_steps={never}', '--eval_interval=-1', '--generate_interval=-1', '--log_interval=1',
+            f'--batch_size={c["B"]}', '--grad_accumulation_steps=1', '--activation=gelu', '--optimizer=adamw', f'--max_steps={never}', '--eval_interval=-1', '--generate_interval=-1', '--log_interval=1',
             '--checkpoint_interval=-1', f'--device={device}', f'--dtype={dtype}', f'--compile={compiled}'], r' dt (\d+)ms'
         if nanogpt:
             theirs = folder / f'nanogpt{int(compiled)}'
@@ -365,7 +364,7 @@ def measure_finetuning():
         for name in ('ours', 'random batches, all logits'):
             there = folder / name.split()[0]
             there.mkdir()
-            for file in ('finetune_dolly.py', 'configurator.py', 'model.py'):
+            for file in ('finetune_dolly.py', 'configurator_old.py', 'model.py'):
                 shutil.copy(ROOT / file, there)
             source = replaced((there / 'finetune_dolly.py').read_text(), NO_EVALUATION)
             (there / 'finetune_dolly.py').write_text(source)
@@ -508,7 +507,7 @@ def compare_learning():
     """Three seeds of weights and batches, both on the same batches."""
     import torch
 
-    from model import open_shards, shard_rows
+    from prepare.fineweb import open_shards, read_rows
     T, B, warmup, peak = 128, 16, 100, 4e-3
     try:
         train, _, _ = open_shards(data_root, T)
@@ -519,7 +518,7 @@ def compare_learning():
     def batches(seed):  # what train_gpt2.py draws with this seed
         order = np.random.default_rng([seed, 0]).permutation(n)
         for step in range(learning_steps):
-            rows = shard_rows(train, T, order[step * B:(step + 1) * B])
+            rows = read_rows(train, T, order[step * B:(step + 1) * B])
             yield rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
     def lr_of(step):
@@ -529,7 +528,8 @@ def compare_learning():
     curves = {'ours': [], 'nanoGPT': []}
     for seed in range(3):
         with tempfile.TemporaryDirectory() as folder:
-            run = subprocess.run([sys.executable, ROOT / 'train_gpt2.py', '--model=tiny', f'--data_root={os.path.abspath(data_root)}', f'--seed={seed}',
+            run = subprocess.run([sys.executable, ROOT / 'train_gpt2.py', '--model=tiny', '--activation=gelu', '--optimizer=adamw',
+                                  f'--data_root={os.path.abspath(data_root)}', f'--seed={seed}',
                                   f'--max_steps={learning_steps}', '--eval_interval=-1', '--generate_interval=-1', '--log_interval=1', '--device=cpu',
                                   '--val_tokens=128'], cwd=folder, capture_output=True, text=True, check=True)
         curves['ours'].append([float(loss) for loss in re.findall(r'\| loss ([\d.]+)', run.stdout)])

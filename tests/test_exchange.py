@@ -3,7 +3,6 @@ import json
 import os
 import re
 import shutil
-import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -38,12 +37,12 @@ def their_gpt(activation='gelu_new', **changes):
     return net
 
 def refused(path, *words):
-    """from_pretrained says in one plain line what is wrong, and of which file."""
+    """from_pretrained says in one plain line what is wrong."""
     with pytest.raises((ValueError, OSError)) as error:
         GPT.from_pretrained(str(path))
     text = str(error.value)
     assert '\n' not in text and '\x1b' not in text and 'BadZipFile' not in text and len(text) < 600, text
-    assert Path(path).name in text and all(word in text for word in words), text
+    assert all(word in text for word in words), text
 
 # ---- transformers
 @pytest.mark.parametrize('activation', ['gelu_new', 'gelu'])
@@ -148,17 +147,14 @@ def test_a_checkpoint_of_nanogpt_has_its_logits_here(name):
     assert (found(expected['x']) - expected[name]).abs().max() < 1e-5
 
 @pytest.mark.parametrize('prefix', ['', '_orig_mod.', 'module.', 'module._orig_mod.'])
-def test_a_bare_state_dict_loads_if_its_size_is_a_published_one(tmp_path, monkeypatch, prefix):
+def test_prefixes_of_compile_and_ddp_and_a_tied_head_do_not_matter(tmp_path, prefix):
     ours = random_gpt()
-    torch.save({prefix + name: tensor for name, tensor in ours.state_dict().items()}, tmp_path / 'a.pt')
-    refused(tmp_path / 'a.pt', 'does not tell its shape', 'n_head')
-    size = dict(block_size=1024, n_layer=2, n_head=4, n_embd=32)
-    monkeypatch.setitem(model.GPT_SIZES, 'gpt2', size)
+    weights = {prefix + name: tensor for name, tensor in ours.state_dict().items()}
+    weights[prefix + 'lm_head.weight'] = ours.transformer.wte.weight.detach()
+    torch.save(weights, tmp_path / 'bare.pt')
+    refused(tmp_path / 'bare.pt', 'does not tell the shape', 'model_config')
+    torch.save({'model': weights, 'model_config': SHAPE}, tmp_path / 'a.pt')  # as the line says
     assert torch.equal(GPT.from_pretrained(str(tmp_path / 'a.pt')).eval()(X), ours(X))
-    head = {prefix + 'lm_head.weight': ours.transformer.wte.weight}
-    content = {**{prefix + name: tensor for name, tensor in ours.state_dict().items()}, **head}
-    torch.save({'model': content, 'step': 3}, tmp_path / 'b.pt')
-    assert torch.equal(GPT.from_pretrained(str(tmp_path / 'b.pt')).eval()(X), ours(X))
 
 @dataclass
 class ForeignConfig:
@@ -201,7 +197,7 @@ def test_the_script_passes_these_lines_on(go, tmp_path):
     (tmp_path / 'text.pt').write_text('text')
     torch.save(random_gpt().state_dict(), tmp_path / 'bare.pt')
     for name, word in (('dataclass.pt', 'would run code'), ('text.pt', 'another format'),
-                       ('bare.pt', 'does not tell its shape'), ('none.pt', 'no model of the hub')):
+                       ('bare.pt', 'does not tell the shape'), ('none.pt', 'no model of the hub')):
         assert word in go(f'--init_from={name}').one_line() and not (tmp_path / 'logs').exists()
     for name, word in (('text.pt', 'another format'), ('bare.pt', 'weights alone: --init_from=bare.pt')):
         assert word in go(f'--checkpoint_path={name}', '--resume').one_line()
@@ -252,7 +248,8 @@ def test_the_script_exports_and_takes_nothing_away(go, tmp_path):
     assert (tmp_path / 'two/model.safetensors').read_bytes() == (
         tmp_path / 'out/deep/model.safetensors').read_bytes()
     go('--export=three', '--checkpoint_path=logs/model_00002.pt', base=[]).ok()
-    assert 'is not known' in go(f'--init_from={FILES}/nanogpt.pt', '--export=four', base=[]).one_line()
+    # nobody knows how its 65 ids are written
+    assert 'tokenizer' in go(f'--init_from={FILES}/nanogpt.pt', '--export=four', base=[]).one_line()
 
 def test_an_export_that_runs_out_of_space_leaves_no_folder(go, tmp_path):
     go().ok()
@@ -331,7 +328,7 @@ def test_a_field_more_comes_back_wherever_the_model_is_read(go, launcher, mine, 
     assert 'norm=layernorm' in there('--resume', '--max_steps=8', '--norm=layernorm', base=[]).one_line()
     # what it cannot be is said by name
     assert 'norm' in there('--export=out', base=[]).one_line() and not (tmp_path / 'out').exists()
-    refused(tmp_path / path, 'norm', 'which GPTConfig has not')
+    refused(tmp_path / path, 'norm')
     assert 'norm' in go('--log_dir=other', f'--init_from={path}').one_line()
     for mode in (['--resume', '--max_steps=9'], ['--eval_only'], ['--generate=a']):
         assert 'norm' in go(*mode, f'--checkpoint_path={path}', base=[]).one_line()

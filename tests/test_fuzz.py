@@ -29,15 +29,15 @@ import torch
 from harness import ROOT, drop, load, make_addition_data, make_paths, make_qwen, make_text_data, store
 from safetensors.torch import save
 from test_puzzles import write_arc
-from test_reliability import CASES, words
+from test_reliability_old import CASES, words
 
-import configurator
+import configurator_old
 import prepare.latent_prm as collect
 import trm
-from configurator import configure
+from configurator_old import configure
 from model import (GPT, QWEN_ADDED, QWEN_NEEDED, TOKENIZERS, GPTConfig, Qwen3Config, QwenLatentPRM, QwenTokenizer, begin_gpt, check_paths, export_files, fit_weights,
-                   load_tokenizer, open_hellaswag, open_paths, open_rows, open_shards, open_split, padded_paths, read_prm, shard_rows, vocabulary_of,
-                   whole_checkpoint)
+                   load_tokenizer, open_paths, open_rows, open_shards, open_split, padded_paths, read_prm, shard_rows, vocabulary_of, whole_checkpoint)
+from prepare import fineweb, hellaswag
 from prepare.tiny_qwen import tokenizer_json
 
 SECONDS = 30         # for one input
@@ -335,6 +335,7 @@ def reads(reader, count, folder, names, read, least=0.3):
                 failures.append((i, f'{type(error).__name__}: {error!s:.200}', f'{Path(place.tb_frame.f_code.co_filename).name}:{place.tb_lineno}'))
         drop(folder)
         shutil.copytree(good, folder)
+    drop(good)
     assert not failures, f'{reader}, {len(failures)} of {count}:\n' + '\n'.join(map(str, failures[:12]))
     assert count < 20 or least * count <= refused, f'{reader}: only {refused} of {count} were refused'
     return refused
@@ -363,7 +364,7 @@ def ends_well(launcher, script, args, cwd, codes=(0, 2)):
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(configurator, '_settings_of', lru_cache(configurator._settings_of))  # a tenth of a second each time
+    monkeypatch.setattr(configurator_old, '_settings_of', lru_cache(configurator_old._settings_of))  # a tenth of a second each time
 
 
 def test_shards(tmp_path, fuzz):
@@ -377,18 +378,26 @@ def test_shards(tmp_path, fuzz):
                 n = sum((len(tokens) - 1) // 16 for tokens in part.values())
                 rows = shard_rows(part, 16, range(n))
                 assert rows.shape == (n, 17) and 0 <= rows.min() <= rows.max() < tokenizer['vocab_size']
-    reads('shards', fuzz // 4, folder, [path.name for path in sorted(folder.iterdir())], read)
+
+    def read_anew(folder):  # train_gpt2.py compares the ids of a batch with the vocabulary
+        train, val, tokenizer = fineweb.open_shards(folder, 16)
+        assert tokenizer in TOKENIZERS.values()
+        for part in (train, val):
+            n = sum((len(tokens) - 1) // 16 for tokens in part.values())
+            assert fineweb.read_rows(part, 16, range(n)).shape == (n, 17)
+    names = [path.name for path in sorted(folder.iterdir())]
+    reads('shards', fuzz // 4, folder, names, read)
+    reads('shards_anew', fuzz // 4, folder, names, read_anew)
 
 
 def test_hellaswag_items(tmp_path, fuzz):
     (tmp_path / 'data').mkdir()
     item = dict(ctx='A man sits', endings=['down', 'up', 'and waits', 'on it.'], label=2)
     (tmp_path / 'data/hellaswag_val.jsonl').write_text(''.join(json.dumps(dict(item, label=i)) + '\n' for i in range(4)))
-    encoding = load_tokenizer('bytes')
 
     def read(folder):
-        for context, endings, label in open_hellaswag(str(folder), encoding):
-            assert context and len(endings) == 4 and all(endings) and 0 <= label < 4
+        for item in hellaswag.read_items(folder / 'hellaswag_val.jsonl')[0]:
+            assert item['ctx'] and len(item['endings']) == 4 and all(item['endings']) and 0 <= item['label'] < 4
     reads('hellaswag_items', fuzz // 4, tmp_path / 'data', ['hellaswag_val.jsonl'], read)
 
 
@@ -423,20 +432,33 @@ def gpt_files(kind, folder):
 
 @pytest.mark.parametrize('kind', ['folder', 'folder_in_parts', 'nanogpt', 'bare', 'ours'])
 def test_gpt(tmp_path, fuzz, kind):
-    """begin_gpt, and what train_gpt2.py does with what it found; the entries of its own checkpoints are those of test_checkpoints."""
+    """begin_gpt, and what finetune_dolly.py does with what it found; the entries of its own checkpoints are those of test_checkpoints."""
     path = gpt_files(kind, tmp_path / 'gpt')
 
     def read(folder):
-        config = configure(dict(__file__=str(ROOT / 'train_gpt2.py')), [f'--init_from={path}', '--n_head=2'] if kind == 'bare' else [f'--init_from={path}'])
-        found, _ = begin_gpt('init_from', config, None, '', strict=True)
-        heads = ['--n_head=2'] * (kind == 'bare')
-        begin_gpt('pretrained_checkpoint', configure(dict(__file__=str(ROOT / 'finetune_dolly.py')), [f'--pretrained_checkpoint={path}', *heads]), None, '', strict=False)
+        config = configure(dict(__file__=str(ROOT / 'finetune_dolly.py')), [f'--pretrained_checkpoint={path}', *['--n_head=2'] * (kind == 'bare')])
+        found, _ = begin_gpt('pretrained_checkpoint', config, None, '', strict=True)
+        begin_gpt('pretrained_checkpoint', config, None, '', strict=False)
         weights = fit_weights(found['model'], config['block_size'], 320, 257)
         model = GPT(GPTConfig(config['block_size'], 320, config['n_layer'], config['n_head'], config['n_embd'], 0.0, config['activation']))
         model.load_state_dict(weights)
         assert all(p.dtype == torch.float32 for p in found['model'].values())
     names = [file.name for file in sorted((tmp_path / 'gpt').iterdir())]
     reads(f'gpt_{kind}', fuzz // 8, tmp_path / 'gpt', names, read, least=0.2)
+
+
+@pytest.mark.parametrize('kind', ['folder', 'nanogpt', 'ours'])
+def test_gpt_of_damaged_files(tmp_path, fuzz, kind, monkeypatch):
+    """GPT.from_pretrained, which train_gpt2.py uses: of files that are cut, flipped, overwritten."""
+    path = gpt_files(kind, tmp_path / 'gpt')
+    if kind == 'ours':
+        torch.save(dict(model=tiny_gpt().state_dict(), model_config=vars(tiny_gpt().config)), path)
+    for suffix in CHANGES:
+        monkeypatch.setitem(CHANGES, suffix, bytes_changed)
+
+    def read(folder):
+        assert GPT.from_pretrained(str(path)).config.n_layer == 2
+    reads(f'gpt_damaged_{kind}', fuzz // 8, tmp_path / 'gpt', [file.name for file in sorted((tmp_path / 'gpt').iterdir())], read, least=0.2)
 
 
 def test_trm_of_others(tmp_path, fuzz):
@@ -653,11 +675,11 @@ def output_problem(script, folder):
     """'' if the folder is whole."""
     try:
         if script == 'fineweb':
-            open_shards(str(folder), 1)
+            fineweb.open_shards(folder, 1)
         elif script == 'dolly':
             open_rows(str(folder), 1024)
         elif script == 'hellaswag':
-            assert json.loads((folder / 'manifest.json').read_text())['rows'] == len(open_hellaswag(str(folder), load_tokenizer('bytes')))
+            assert json.loads((folder / 'manifest.json').read_text())['rows'] == len(hellaswag.read_items(folder / 'hellaswag_val.jsonl')[0])
         elif script == 'latent_prm':
             shards = json.loads((folder / 'gsm8k_metadata.json').read_text())['shards']
             assert [shard['num_questions'] for shard in shards] == [len(load(folder / shard['name'])['questions']) for shard in shards] and len(list(folder.iterdir())) == len(shards) + 1

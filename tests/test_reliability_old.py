@@ -21,7 +21,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from harness import KILL_AT, ROOT, VOLATILE, clean_log, copy, differences, drop, load, store
-from harness import make_addition_data, make_paths, make_puzzle_data, make_qwen, make_rows_data, make_text_data
+from harness import make_addition_data, make_paths, make_puzzle_data, make_qwen, make_rows_data
 
 # script      its file name
 # args        tiny settings: 8 steps, evaluation and checkpoint every 2, a sample every 4, dropout, 3 steps a log line

@@ -1,6 +1,4 @@
-"""train_gpt2.py: settings, learning rate, data, modes, precision, log lines, FSDP2, Muon, guides.
-
-What it promises about stops, resumes and ranks is in test_reliability.py."""
+"""What train_gpt2.py promises beside stops, resumes and ranks, which are in test_reliability.py."""
 import json
 import math
 import os
@@ -53,7 +51,7 @@ def val_losses(run):
      dict(max_lr=1.0, activation='gelu_new', n_layer=2, n_embd=128)),
     ([], dict(n_embd=768, n_layer=12, max_lr=6e-4, optimizer='adamw', activation='gelu_new')),
     (['--model=gpt2-medium'], dict(n_embd=1024, n_layer=24, n_head=16, max_lr=3e-4, batch_size=8)),
-    (['--model=gpt2-xl', '--batch_size=3'], dict(n_embd=1600, n_head=25, max_lr=2e-4, batch_size=3)),
+    (['--model=gpt2-xl', '--batch_size=4'], dict(n_embd=1600, n_head=25, max_lr=2e-4, batch_size=4)),
     (['--gradient_accumulation_steps=3', '--logging_steps=7', '--val_steps=5', '--output_dir=x'],
      dict(grad_accumulation_steps=3, log_interval=7, eval_interval=5, log_dir='x'))])
 def test_presets_give_way_to_what_is_typed(go, args, expected):
@@ -62,12 +60,13 @@ def test_presets_give_way_to_what_is_typed(go, args, expected):
 
 def test_a_stored_setting_gives_way_to_a_typed_one_and_beats_a_preset(go, tmp_path):
     base = [word for word in TINY if not word.startswith('--total_batch_size')]
-    go('--grad_accumulation_steps=3', '--model=tiny', base=base).ok()
+    run = go('--grad_accumulation_steps=3', '--model=tiny', base=base).ok()
+    assert '96 tokens per step = 2 rows x 16 x 3 micro-step(s) x 1 rank(s)' in run.out
     run = go('--auto_resume', '--total_batch_size=128', '--max_steps=6', '--weight_decay=0', base=[]).ok()
     assert '128 tokens per step' in run.out and 'weight_decay 0.1 -> 0.0' in run.out
     config = load(tmp_path / 'logs/model_00006.pt')['config']
     assert config['optimizer'] == 'muon' and config['max_lr'] == 1e-2 and config['n_embd'] == 16
-    go('--log_dir=again', 'logs/config.py', base=[]).ok()  # the file repeats the run
+    go('logs/config.py', '--log_dir=again', base=[]).ok()  # the file repeats the run
     assert load(tmp_path / 'again/model_00006.pt')['config']['weight_decay'] == 0
 
 @pytest.mark.parametrize('args, said', [
@@ -79,13 +78,6 @@ def test_a_stored_setting_gives_way_to_a_typed_one_and_beats_a_preset(go, tmp_pa
     (['--generate=x', '--checkpoint_path=none.pt'], 'none.pt')])
 def test_mistakes_end_in_one_line(go, tmp_path, args, said):
     assert said in go(*args).one_line() and not (tmp_path / 'logs').exists()
-
-def test_help_shows_launch_lines_and_comments_and_writes_nothing(tmp_path):
-    out = subprocess.run([sys.executable, ROOT / 'train_gpt2.py', '--help'], capture_output=True, text=True,
-                         cwd=tmp_path)
-    assert out.returncode == 0 and out.stderr == '' and not list(tmp_path.iterdir())
-    assert 'torchrun --standalone' in out.stdout
-    assert re.search(r'--max_lr=0\.0006 +peak learning rate', out.stdout)
 
 # ---- learning rate
 def cosine(begin, end, steps=range(8), warmup=2, high=1e-2, low=1e-3):
@@ -126,7 +118,8 @@ f.read_rows = read_rows
     rows = np.array((tmp_path / 'rows').read_text().split(), int).reshape(64, 8)
     assert np.array_equal(rows, expected)
     assert sorted(rows.flat[:n]) == list(range(n)) == sorted(rows.flat[n:2 * n])
-    go('--max_steps=6', '--log_dir=two', '--batch_size=1', '--num_workers=0', *args, prelude=record, ranks=2).ok()
+    args += ['--max_steps=6', '--log_dir=two', '--batch_size=1', '--num_workers=0']
+    go(*args, prelude=record, ranks=2).ok()
     parts = [np.array((tmp_path / f'rows{r}').read_text().split(), int).reshape(6, 4) for r in (0, 1)]
     assert np.array_equal(np.stack(parts, 2).reshape(6, 8), expected[:6])
 
@@ -146,14 +139,10 @@ model.GPT.forward = forward
     shapes = (tmp_path / 'shapes').read_text().split()
     assert set(shapes) == {'8x4', '4x8', '2x16'}
     assert all(len(set(shapes[i:i + 4])) == 1 for i in range(0, 48, 4))  # one length a step
-    go(*args, '--log_dir=b', '--batch_size=4').ok()
-    assert losses(go(*args, '--log_dir=c').ok()) == losses(go(*args, '--log_dir=d', '--num_workers=0').ok())
-    for wrong in (['--min_seq_length=5'], ['--max_seq_length=32', '--min_seq_length=8'], ['--min_seq_length=32']):
-        assert 'max_seq_length' in go(*args, *wrong, '--log_dir=e').one_line()
-
-def test_grad_accumulation_steps_sets_the_total(go):
-    run = go('--grad_accumulation_steps=3').ok()
-    assert '96 tokens per step = 2 rows x 16 x 3 micro-step(s) x 1 rank(s)' in run.out
+    assert losses(go(*args, '--log_dir=c').ok()) == losses(
+        go(*args, '--log_dir=d', '--num_workers=0').ok())
+    for wrong in ('--min_seq_length=5', '--max_seq_length=32', '--min_seq_length=32'):
+        assert 'max_seq_length' in go(*args, wrong, '--log_dir=e').one_line()
 
 def test_the_validation_loss_depends_on_no_batch_size_and_no_ranks(go):
     """250 validation tokens = 15 rows of 16: batches of 1, 2, 4, 7 and two ranks leave remainders."""
@@ -255,16 +244,15 @@ model.GPT.compile = lambda self: (real(self, backend='eager'), print('compiling'
 # ---- what is printed
 def test_log_lines(go, tmp_path):
     run = go('--log_gradients', '--log_level', 'debug', '--run_name=mine').ok()
-    line = re.search(r'^step 2/4 \(50\.00%\) \| loss \d\.\d{6} \| lr 1\.00e-02 \| norm (\d+\.\d\d) \| dt \d+ms '
-                     r'\| tok/s [\d,]+ \| mfu - \| eta 0h00m \| grad (.*)$', run.out, re.M)
+    line = re.search(r'^step 2/4 \(50\.00%\) \| loss \d\.\d{6} \| lr 1\.00e-02 \| norm (\d+\.\d\d) \| '
+                     r'dt \d+ms \| tok/s [\d,]+ \| mfu - \| eta 0h00m \| grad (.*)$', run.out, re.M)
     norms = dict(zip(line[2].split()[::2], map(float, line[2].split()[1::2]), strict=True))
     assert norms.keys() == {'wte', 'wpe', 'ln_f', '0', '1'}
     assert math.hypot(*norms.values()) == pytest.approx(float(line[1]), rel=1e-2)
     assert re.search(r'^step 2/4 \| val loss \d\.\d{4}$', run.out, re.M)
     assert len(re.findall(r'^step 3 micro-step [1-4]/4 \| loss \d\.\d{6} \| \d+ms$', run.out, re.M)) == 4
     assert 'mine' in run.out and len([s for s in run.out.splitlines() if s.startswith('# ')]) <= 8
-    log = (tmp_path / 'logs/log.txt').read_text()
-    assert log in run.out.replace('\n\n', '\n') or set(log.splitlines()) <= set(run.out.splitlines())
+    assert set((tmp_path / 'logs/log.txt').read_text().splitlines()) <= set(run.out.splitlines())
 
 def test_micro_steps_losses_have_the_steps_as_their_mean(go):
     run = go('--log_level=DEBUG', '--max_steps=2').ok()
@@ -335,9 +323,8 @@ def test_model_parallel_gives_the_training_of_one_process(go, tmp_path, ranks):
         resumed = go('--auto_resume', f'--log_dir={there}', how, '--batch_size=1', base=[], ranks=here,
                      timeout=120).ok()
         assert losses(resumed) == pytest.approx(losses(one)[10:], abs=1e-5), there
-    for words in (['--eval_only'], ['--generate=x']):  # nobody says model_parallel here
-        outs = [go(*words, f'--log_dir={folder}', base=[]).ok().out for folder in ('split', 'one')]
-        assert outs[0].split('\n', 1)[1:] and val_losses(go('--eval_only', '--log_dir=split', base=[]).ok())
+    alone = go('--eval_only', '--generate=x', '--log_dir=one', base=[]).ok()  # nobody says model_parallel
+    assert float(val_losses(alone)[0]) == pytest.approx(float(val_losses(one)[-1]), abs=2e-4)
 
 def test_model_parallel_with_dropout_trains_and_resumes_bit_for_bit(go, tmp_path):
     words = ['--model_parallel', '--dropout=0.1', '--max_steps=8', '--checkpoint_interval=4']
@@ -356,10 +343,9 @@ def test_what_model_parallel_cannot_do_is_refused_by_name(go, words):
 
 # ---- Muon
 def test_muon_is_ahead_of_adamw_after_the_same_steps(go):
-    words = ['--max_steps=10', '--n_embd=32', '--eval_interval=10', '--generate_interval=-1', '--warmup_steps=0']
+    words = ['--max_steps=10', '--n_embd=32', '--generate_interval=-1', '--warmup_steps=0']
     adamw = go(*words, '--log_dir=a', '--max_lr=4e-3').ok()
     muon = go(*words, '--log_dir=m', '--max_lr=1.2e-2', '--optimizer=muon').ok()
-    print(val_losses(adamw), val_losses(muon))
     assert float(val_losses(muon)[-1]) < float(val_losses(adamw)[-1]) - 0.3
 
 def test_muon_keeps_its_state_and_gives_two_ranks_the_training_of_one(go, tmp_path):
@@ -383,7 +369,7 @@ def test_guide_commands_run(launcher, tmp_path, line):
     make_text_data(tmp_path / 'data', tokens=40000 if dynamic else 3000)
     for folder in ('test_data', 'data/fineweb_edu10B'):  # where a line names another folder, or none
         shutil.copytree(tmp_path / 'data', tmp_path / folder, ignore=lambda *_: ['fineweb_edu10B'])
-    tiny = ['--n_layer=1', '--n_head=2', '--n_embd=8', '--val_tokens=64', '--max_steps=2', '--max_new_tokens=4']
+    tiny = ['--n_layer=1', '--n_head=2', '--n_embd=8', '--val_tokens=64', '--max_steps=2']
     tiny += ['--batch_size=1', '--total_batch_size=4096'] if dynamic else ['--block_size=16']
     if not {'--batch_size', '--grad_accumulation_steps', '--dynamic_seq_length'} & set(args):
         tiny += ['--batch_size=2', '--total_batch_size=128']
@@ -394,19 +380,20 @@ def test_guide_commands_run(launcher, tmp_path, line):
         torch.save(dict(load(tmp_path / 'log/model_00002.pt'), step=20000), tmp_path / 'log/model_20000.pt')
         (tmp_path / 'log/model_00002.pt').unlink()
         tiny = ['--max_steps=20002']
-    run = launcher.run('train_gpt2.py', args + tiny, cwd=tmp_path, ranks=ranks, prelude=FAKE_WANDB, timeout=120,
-                       env={'DISABLE_COMPILE': '1'}).ok()
+    run = launcher.run('train_gpt2.py', args + tiny, cwd=tmp_path, ranks=ranks, prelude=FAKE_WANDB,
+                       timeout=120, env={'DISABLE_COMPILE': '1'}).ok()
     assert '# best val loss' in run.out and ('wandb finished' in run.out) == ('--wandb_log' in args)
 
 def test_two_nodes(tmp_path):
-    """Two torchrun agents, here both on 127.0.0.1, with two processes each."""
+    """Two torchrun agents, here both on 127.0.0.1."""
     make_text_data(tmp_path / 'data')
+    words = ['-m', 'torch.distributed.run', '--nproc_per_node=1', '--nnodes=2', '--master_addr=127.0.0.1',
+             '--master_port=29511']
     agents = [subprocess.Popen(
-        [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--nnodes=2', f'--node_rank={node}',
-         '--master_addr=127.0.0.1', '--master_port=29511', ROOT / 'train_gpt2.py', *TINY, '--batch_size=1'],
+        [sys.executable, *words, f'--node_rank={node}', ROOT / 'train_gpt2.py', *TINY],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env=dict(os.environ, OMP_NUM_THREADS='1')) for node in range(2)]
     outs = [agent.communicate(timeout=150)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], outs
-    assert 'x 4 rank(s)' in outs[0] and '# best val loss' in outs[0] and 'val loss' not in outs[1]
-    assert len(load(tmp_path / 'logs/model_00004.pt')['ranks']) == 4
+    assert 'x 2 rank(s)' in outs[0] and '# best val loss' in outs[0] and 'val loss' not in outs[1]
+    assert len(load(tmp_path / 'logs/model_00004.pt')['ranks']) == 2
