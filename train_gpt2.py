@@ -23,11 +23,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from functools import lru_cache
 
-os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'ERROR')  # DDP as used here warns on every rank
+# find_unused_parameters, in the training loop, makes DDP warn on every rank
+os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'ERROR')
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -36,6 +36,7 @@ from model import GPT, GPT_SIZES, GPTConfig, load_tokenizer, read_checkpoint, sp
 from prepare.fineweb import open_shards, read_rows
 
 # ---- settings ----------------------------
+# The comments are read too: 'a | b' lists the choices, '0 = off' allows 0 (see configurator.py).
 # i/o
 log_dir = 'logs'  # folder of this run: checkpoints, log.txt, config.py
 run_name = ''  # a name for wandb and the log; does not change the folder
@@ -164,11 +165,12 @@ if not checkpoint and in_folder and not one_shot:
 if not checkpoint and init_from == 'scratch' and one_shot:
     fail(f'no checkpoint in {log_dir}: name one with --checkpoint_path')
 
-# Settings: default < preset < the stored run's < typed. The weights decide on the model's shape.
+# A new run: default < preset < typed. A resume: the stored run's < typed. Weights fix the shape.
 if checkpoint:
     config.restore(checkpoint['config'], checkpoint_file)
 else:
-    config.fill({**GPT_SIZES[model], **PRESETS.get(model, {})})
+    config.fill(GPT_SIZES[model])
+    config.fill(PRESETS.get(model, {}))
     if model == 'tiny' and optimizer == 'adamw':
         config.fill(dict(max_lr=4e-3))
 source = checkpoint_file or init_from
@@ -177,7 +179,7 @@ if source != 'scratch':
     pretrained = checked(GPT.from_pretrained, checkpoint or init_from, dropout=dropout)
     fixed = asdict(pretrained.config)
 if checkpoint:
-    fixed.update(model=checkpoint['config']['model'], optimizer=checkpoint['config']['optimizer'])
+    fixed.update({name: checkpoint['config'][name] for name in ('model', 'optimizer', 'seed')})
 for name in fixed.keys() - {'dropout'}:
     # a new run may have fewer positions and other padding of the vocabulary
     new_size = not checkpoint and name in ('block_size', 'vocab_size')
@@ -194,7 +196,7 @@ if any(type(step) is not int for step in permanent_checkpoints):
     fail(f'--permanent_checkpoints={permanent_checkpoints}: expected whole numbers')
 
 # ---- devices and ranks (=) ---------------
-# torchrun sets all of these variables; a cluster that exports some of them makes no ranks
+# one process unless all five are set: a cluster may export some of them without torchrun
 names = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')
 ddp = all(os.environ.get(name) for name in (*names, 'MASTER_ADDR', 'MASTER_PORT'))
 rank, local_rank, world_size = [int(os.environ[name]) for name in names] if ddp else (0, 0, 1)
@@ -210,9 +212,9 @@ if device_type == 'cuda':
     torch.cuda.set_device(device)
     torch.set_float32_matmul_precision('high')  # TF32 for what stays float32
 if ddp:
-    # a store of its own for each of torchrun's restarts: dead workers' keys stay behind
+    # a restarted worker would meet the keys of the dead ones: a prefix of its own per restart
     restart = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
-    store = dist.PrefixStore(restart, next(rendezvous('env://'))[0])
+    store = dist.PrefixStore(restart, next(dist.rendezvous('env://'))[0])
     # nccl for gradients, gloo for what is on the CPU
     backend = 'cpu:gloo,cuda:nccl' if device_type == 'cuda' else 'gloo'
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
@@ -224,6 +226,7 @@ def gathered(value):
         dist.all_gather_object(values, value)
     return values
 
+# precision
 if deterministic:
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     torch.use_deterministic_algorithms(True)
@@ -239,8 +242,8 @@ if dynamic_seq_length:
     if T > block_size or T not in lengths:
         fail(f'max_seq_length {T} must be min_seq_length {min_seq_length} doubled some times, '
              f'and at most block_size {block_size}')
-if 'total_batch_size' in config.typed and 'grad_accumulation_steps' not in config.typed:
-    grad_accumulation_steps = 0  # a stored one
+if 'total_batch_size' in config.typed:
+    config.fill(dict(grad_accumulation_steps=0))  # a stored one; a typed one stays
 if grad_accumulation_steps:
     total_batch_size = grad_accumulation_steps * batch_size * T
 micro_total = batch_size * T * world_size  # tokens of one micro-step over all ranks
@@ -254,18 +257,15 @@ rows_per_step = total_batch_size // T
 train_shards, val_shards = {}, {}
 tokenizer = pretrained.tokenizer if pretrained else None
 if not one_shot or eval_only:
-    known = tokenizer
-    train_shards, val_shards, tokenizer = checked(open_shards, data_root, T)
-    if known and known != tokenizer:
-        fail(f'{source} was trained on {known["tokenizer"]} tokens, {data_root} holds '
-             f'{tokenizer["tokenizer"]}')
+    # refuses data of another tokenizer than that of the weights
+    train_shards, val_shards, tokenizer = checked(open_shards, data_root, T, tokenizer)
 if not tokenizer:
     fail(f'{source}: its tokenizer is not known')
 train_rows = sum((len(tokens) - 1) // T for tokens in train_shards.values())
 val_rows = sum((len(tokens) - 1) // T for tokens in val_shards.values())
 if val_tokens:
     val_rows = min(val_rows, max(1, val_tokens // T))
-shift = 0  # rows; only a resume with another total_batch_size changes it
+shift = 0  # rows; not 0 only after a resume with another total_batch_size
 
 @lru_cache(maxsize=2)
 def permutation(epoch):
@@ -281,10 +281,9 @@ def get_batch(step, micro_step):
     """Inputs and targets, each (rows, length) int64, of this rank.
 
     The rows of all shards form one list, each epoch has its own permutation of it, and a step
-    takes the next rows_per_step: the order depends on seed and step alone, not on the ranks."""
+    takes the next rows_per_step: nothing depends on batch_size or the ranks."""
     begin = step * rows_per_step + shift + (micro_step * world_size + rank) * batch_size
-    rows = range(begin, begin + batch_size)
-    rows = [permutation(row // train_rows)[row % train_rows] for row in rows]
+    rows = [permutation(i // train_rows)[i % train_rows] for i in range(begin, begin + batch_size)]
     tokens = read_rows(train_shards, T, rows, tokenizer['vocab_size'])
     length = lengths[np.random.default_rng([seed, step, 1]).integers(len(lengths))]
     x, y = tokens[:, :-1].reshape(-1, length), tokens[:, 1:].reshape(-1, length)
@@ -304,7 +303,7 @@ def batches(step):
 torch.manual_seed(seed)  # the same first weights on every rank
 ids = pretrained.config.vocab_size if checkpoint else vocab_size
 if ids < 0:
-    ids = -(-tokenizer['vocab_size'] // 64) * 64
+    ids = math.ceil(tokenizer['vocab_size'] / 64) * 64
 shape = {f.name: config[f.name] for f in fields(GPTConfig) if f.name in config}
 raw_model = pretrained or checked(GPT, GPTConfig(**{**shape, 'vocab_size': ids}))
 checked(raw_model.resize, block_size, ids)
@@ -351,7 +350,7 @@ def set_generator_states(states):
         torch.cuda.set_rng_state(states['cuda'])
 
 def seed_generators(step):
-    """For a rank that begins at this step: no two ranks, and no two beginnings, draw the same."""
+    """Where no stored state fits: other draws on every rank, and in every launch."""
     number = np.random.SeedSequence([seed, rank, step]).generate_state(1).item()
     torch.manual_seed(number)
     np.random.seed(number)
@@ -401,11 +400,11 @@ if checkpoint and not one_shot:
         fail(f'{checkpoint_file} is at step {step}, beyond max_steps {max_steps}')
     shift = there['epoch'] * train_rows + there['row'] - step * rows_per_step
     for o, stored in zip(optimizers, checkpoint['optimizer'], strict=True):
-        # the groups are the present ones: weight decay and betas may have been typed anew
+        # lr, betas and weight decay are those of the present settings
         o.load_state_dict(dict(stored, param_groups=o.state_dict()['param_groups']))
         if model_parallel:
             split_like(o)
-    if scaler.is_enabled() and checkpoint['scaler']:
+    if checkpoint['scaler']:
         scaler.load_state_dict(checkpoint['scaler'])
     if rank < len(checkpoint['ranks']):
         set_generator_states(checkpoint['ranks'][rank])
@@ -460,9 +459,8 @@ if one_shot:
 # ---- training loop -----------------------
 net = raw_model
 if ddp and not model_parallel:
-    # With find_unused_parameters torch keeps the gradient buckets of the first step. Without, it
-    # lays them out anew after the first step of a process, and from three ranks on a resumed
-    # run would add up in another order.
+    # find_unused_parameters keeps the gradient buckets of the first step. Without it torch lays
+    # them out anew after a process's first step: a resumed run would add up in another order.
     net = DistributedDataParallel(raw_model, find_unused_parameters=True)
 if checkpoint_path and master:
     # what is later in the folder belongs to another future
@@ -504,7 +502,7 @@ def log(line, **wandb_values):
     if wandb_run:
         wandb_run.log(wandb_values, step=step)
 
-# SIGTERM and Ctrl-C are acted upon at the end of a step; a second Ctrl-C ends the process at once
+# SIGTERM and Ctrl-C are acted upon at the end of a step; after one of them Ctrl-C ends the process
 told = {signal.SIGTERM: 0, signal.SIGINT: 0}
 
 def on_signal(number, frame):
@@ -526,11 +524,10 @@ try:
 except OSError as error:
     print0(f'no samples: {error}')
     generate_interval = -1
-raw_model.train()
-batch = batches(step)
+upcoming = batches(step)
 start_step, start_time, times = step, time.perf_counter(), []
 while True:
-    # 1) What is due after `step` updates. Nothing here changes the training.
+    # 1) What is due at this step; it changes nothing. A resume skips what had been done.
     # model_best.pt is written before the numbered checkpoint of its step
     unsaved = not evaluated or checkpoint_file == best_name
     if not evaluated:
@@ -551,11 +548,12 @@ while True:
         break
 
     # 2) The gradients of one batch, a micro-batch at a time.
-    step_begun, lr, step_loss = time.perf_counter(), get_lr(step), torch.zeros((), device=device)
+    step_begun, lr = time.perf_counter(), get_lr(step)
+    step_loss = torch.zeros((), device=device)
     for micro_step in range(accumulation):
-        x, y = checked(next, batch)
+        x, y = checked(next, upcoming)
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-        # the ranks exchange gradients in the last micro-step alone; set before the forward
+        # the ranks exchange gradients in the last micro-step alone; DDP reads it in the forward
         net.require_backward_grad_sync = micro_step == accumulation - 1
         if model_parallel:
             net.set_requires_gradient_sync(micro_step == accumulation - 1)
@@ -574,12 +572,14 @@ while True:
 
     # 3) The one moment at which the host waits for the GPU, and the ranks for each other.
     flags = [norm.new_tensor(told[number]) for number in told]
+    # the norm is the same on all ranks already
     report = torch.stack([step_loss, norm / world_size, *flags])
     if ddp:
         dist.all_reduce(report)
     step_loss, step_norm, terminated, interrupted = report.tolist()
     # in float16 a norm may overflow: the scaler then skips the update
-    if not math.isfinite(step_loss) or not (math.isfinite(step_norm) or scaler.is_enabled()):
+    bad_norm = not math.isfinite(step_norm) and not scaler.is_enabled()
+    if bad_norm or not math.isfinite(step_loss):
         fail(f'step {step + 1}: loss {step_loss}, gradient norm {step_norm}; stopped before the '
              'update (try a lower max_lr or more warmup_steps)', 1)
 
@@ -591,7 +591,7 @@ while True:
         for group in o.param_groups:
             group['lr'] = lr
         scaler.step(o)
-        o.zero_grad(set_to_none=True)
+        o.zero_grad()
     scaler.update()
     step, evaluated = step + 1, False
 

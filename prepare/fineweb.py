@@ -79,24 +79,25 @@ def open_shard(path):
         raise ValueError(f'is {size} bytes long, but its header says {header[2]} tokens')
     return np.memmap(path, '<u2', 'r', HEADER)
 
-def open_shards(folder, T):
+def open_shards(folder, T, expected=None):
     """(training shards {name: tokens}, validation shards {name: tokens}, tokenizer) of a folder.
 
     tokens: (n,) uint16, mapped; nobody compares them with the vocabulary here. Validation shards
     have `val` in their name, else it is the first. tokenizer: dict(tokenizer, vocab_size, eot),
-    GPT-2's if no manifest.json names another. T: block_size. ValueError says what is wrong."""
+    GPT-2's if no manifest.json names another. T: block_size. expected: the tokenizer that it must
+    be, None = any. ValueError says what is wrong."""
     folder = Path(folder)
+    hint = ('; to make data: python prepare/fineweb.py, or without a download python '
+            'prepare/pydocs.py, then --model=tiny --data_root=data/pydocs')
     if not folder.is_dir():
-        raise ValueError(
-            f'{folder} is no folder; to make data: python prepare/fineweb.py, or without a '
-            'download python prepare/pydocs.py, then --model=tiny --data_root=data/pydocs')
+        raise ValueError(f'{folder} is no folder{hint}')
     if (folder / 'pieces').exists():
         raise ValueError(f'{folder} is half made: run the prepare script again, it continues')
     paths = sorted(path for path in folder.iterdir() if path.suffix in ('.bin', '.npy'))
     val_paths = [path for path in paths if 'val' in path.name] or paths[:1]
     if len(paths) == len(val_paths):
-        names = ', '.join(path.name for path in paths) or 'none'
-        raise ValueError(f'{folder} needs .bin or .npy shards to train and validate, has {names}')
+        raise ValueError(f'{folder} holds {len(paths)} .bin or .npy files, a training and a '
+                         f'validation shard are needed{hint}')
     train, val = {}, {}
     tokenizer = 'gpt2'
     path = folder / 'manifest.json'
@@ -116,6 +117,9 @@ def open_shards(folder, T):
             raise ValueError(
                 f'{folder} has {sum(sizes):,} {purpose} tokens ({len(sizes)} shards) and no row of '
                 f'block_size + 1 = {T + 1:,}: prepare more text or choose a smaller --block_size')
+    if expected and expected != TOKENIZERS[tokenizer]:
+        raise ValueError(f'{folder} holds {tokenizer} tokens, the model was trained on '
+                         f'{expected["tokenizer"]} tokens')
     return train, val, TOKENIZERS[tokenizer]
 
 def read_rows(shards, T, rows, vocab_size=2 ** 16):

@@ -44,6 +44,7 @@ from configurator import configure, fail
 cases = ['all']               # all; quickstart, head_4, head_8, head_16, head_32 (the head dominates), gpt2 (124M, for a GPU), trm_tiny, trm_small, trm_official
 nanogpt = ''                  # folder of a clone of karpathy/nanoGPT
 build_nanogpt = ''            # folder of a clone of karpathy/build-nanogpt
+previous = ''                 # folder of another checkout of this repository
 trm = ''                      # folder of a clone of SamsungSAILMontreal/TinyRecursiveModels
 compile = True                # measure everyone compiled, too
 rounds = 6                    # turns of each contestant
@@ -136,10 +137,13 @@ def contestants(case, folder):
     never, found = 10 ** 8, {}
     for compiled in [False, True] if compile else [False]:
         mark = ' compiled' if compiled else ''
-        found['ours' + mark] = folder / 'ours', [
-            ROOT / 'train_gpt2.py', *common, '--data_root=data', f'--log_dir=logs{int(compiled)}', f'--block_size={c["T"]}', f'--vocab_size={c["vocab"]}',
-            f'--batch_size={c["B"]}', '--grad_accumulation_steps=1', '--activation=gelu', '--optimizer=adamw', f'--max_steps={never}', '--eval_interval=-1', '--generate_interval=-1', '--log_interval=1',
-            '--checkpoint_interval=-1', f'--device={device}', f'--dtype={dtype}', f'--compile={compiled}'], r' dt (\d+)ms'
+        for name, root in dict(ours=ROOT, previous=previous).items():
+            if root:
+                found[name + mark] = folder / 'ours', [
+                    Path(root, 'train_gpt2.py'), *common, '--data_root=data', f'--log_dir={name}{int(compiled)}', f'--block_size={c["T"]}',
+                    f'--vocab_size={c["vocab"]}', f'--batch_size={c["B"]}', '--grad_accumulation_steps=1', '--activation=gelu', '--optimizer=adamw',
+                    f'--max_steps={never}', '--eval_interval=-1', '--generate_interval=-1', '--log_interval=1', '--checkpoint_interval=-1',
+                    f'--device={device}', f'--dtype={dtype}', f'--compile={compiled}'], r' dt (\d+)ms'
         if nanogpt:
             theirs = folder / f'nanogpt{int(compiled)}'
             (theirs / 'data/bench').mkdir(parents=True)

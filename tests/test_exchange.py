@@ -268,7 +268,7 @@ def test_init_from_takes_weights_and_shape_and_a_resume_needs_neither(go, tmp_pa
         block_size=16, vocab_size=320, n_layer=2, n_head=4, n_embd=16, dropout=0.0, activation='gelu_new')
     short = go('--log_dir=short', '--block_size=8', base=begin).ok()
     assert 'block_size=8' in short.out and losses(short)[0] < 3
-    for typed, words in ((['--block_size=32'], '--block_size=32: out has 16'),
+    for typed, words in ((['--block_size=32'], 'block_size 32 is over its 16'),
                          (['--n_layer=3'], '--n_layer=3: out has 2'),
                          (['--vocab_size=200'], 'vocab_size 200')):
         assert words in go(*typed, '--log_dir=new', base=begin).one_line()

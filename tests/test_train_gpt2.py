@@ -104,11 +104,11 @@ def test_the_order_of_rows_is_that_of_seed_and_epoch_alone(go, tmp_path):
 import os
 import prepare.fineweb as f
 real = f.read_rows
-def read_rows(shards, T, rows):
+def read_rows(shards, T, rows, vocab_size):
     if len(shards) == 2:
         with open({str(tmp_path)!r} + '/rows' + os.environ.get('RANK', ''), 'a') as file:
             print(*rows, file=file)
-    return real(shards, T, rows)
+    return real(shards, T, rows, vocab_size)
 f.read_rows = read_rows
 '''
     n, args = (2037 - 1) // 16 + (2074 - 1) // 16, ['--eval_interval=-1', '--generate_interval=-1']
