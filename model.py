@@ -434,17 +434,21 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonal(x):
     """U V^T, roughly, of each matrix x = U S V^T in x (n, rows, columns): five Newton-Schulz steps
-    with the coefficients of the Muon post, which bring singular values to between 0.7 and 1.2."""
+    x <- (a + b g + c g^2) x with g = x x^T and the coefficients of the Muon post, which bring
+    singular values to between 0.7 and 1.2. The steps are made on g, the smaller of both squares,
+    and meet x at the end: a third less work for a CPU than on x. float32: g has half the digits."""
     a, b, c = 3.4445, -4.7750, 2.0315
     dtype, tall = x.dtype, x.size(1) > x.size(2)
-    x = x.mT if tall else x
-    # a CPU emulates bfloat16, a GPU is fast in it
-    x = x.float() if x.device.type == 'cpu' else x.bfloat16()
+    x = (x.mT if tall else x).float()
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(5):
-        gram = x @ x.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, polynomial, x, beta=a)
+    gram, product = x @ x.mT, None
+    for step in range(5):
+        p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        p.diagonal(dim1=1, dim2=2).add_(a)
+        product = p if step == 0 else p @ product
+        if step < 4:
+            gram = p @ gram @ p
+    x = product @ x
     return (x.mT if tall else x).to(dtype)
 
 def whole(state):

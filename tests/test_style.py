@@ -7,9 +7,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # file: (lines, characters) at most, 0 = any. README.md comes later: 200 lines, 14 KB
 LIMITS = {
-    'train_gpt2.py': (520, 28000),
+    'train_gpt2.py': (625, 31100),
     'configurator.py': (170, 0),
-    'model.py': (550, 0),  # its GPT half
+    'model.py': (640, 0),  # its GPT half
     'prepare/fineweb.py': (0, 0),
     'prepare/hellaswag.py': (0, 0),
     'prepare/pydocs.py': (0, 0),

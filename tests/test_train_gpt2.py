@@ -123,6 +123,17 @@ f.read_rows = read_rows
     parts = [np.array((tmp_path / f'rows{r}').read_text().split(), int).reshape(6, 4) for r in (0, 1)]
     assert np.array_equal(np.stack(parts, 2).reshape(6, 8), expected[:6])
 
+def test_a_resume_with_another_batch_goes_on_at_its_row(go, tmp_path):
+    """8 rows a step, then 16, which the next resume keeps."""
+    def row(step):
+        return load(tmp_path / f'logs/model_{step:05d}.pt')['train_loader_state']['row']
+    go('--grad_accumulation_steps=4').ok()
+    assert row(4) == 4 * 8
+    go('--auto_resume', '--total_batch_size=256', '--max_steps=6', base=[]).ok()
+    assert row(6) == 4 * 8 + 2 * 16
+    go('--auto_resume', '--max_steps=7', base=[]).ok()
+    assert row(7) == 4 * 8 + 3 * 16
+
 def test_dynamic_lengths_keep_the_tokens_of_a_step(go, tmp_path):
     args = ['--dynamic_seq_length', '--min_seq_length=4', '--max_seq_length=16', '--max_steps=12',
             '--eval_interval=-1']
