@@ -5,7 +5,7 @@ What to expect: README.md has the measured table (model, data, hardware, respons
 Laptop CPU, no download but the 13 MB of Dolly (a model of bytes, which learns the form, not the facts):
     python prepare/pydocs.py && python train_gpt2.py --model=tiny --data_root=data/pydocs --block_size=512 --batch_size=4 --log_dir=logs_bytes
     python prepare/dolly.py --tokenizer=bytes --max_length=512 --output_dir=data/dolly_bytes
-    python finetune_dolly.py --data_dir=data/dolly_bytes --max_lr=1e-3 --pretrained_checkpoint=logs_bytes/model_01250.pt
+    python finetune_dolly.py --data_dir=data/dolly_bytes --max_lr=1e-3 --pretrained_checkpoint=logs_bytes/model_01080.pt
 One GPU, from the newest checkpoint in logs/, from OpenAI's weights, or from any folder that transformers reads:
     python prepare/dolly.py
     python finetune_dolly.py --dtype=bfloat16

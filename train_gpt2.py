@@ -114,8 +114,8 @@ config = configure(globals(), aliases={
 # what --model sets beside the model's shape
 PRESETS = {
     'tiny': dict(activation='gelu', total_batch_size=2048, val_tokens=131072, optimizer='muon',
-                 max_lr=1.2e-2, min_lr=0.0, warmup_steps=50, max_steps=1050, eval_interval=350,
-                 generate_interval=1050, checkpoint_interval=350, log_interval=50,
+                 max_lr=1.2e-2, min_lr=0.0, warmup_steps=50, max_steps=1080, eval_interval=360,
+                 generate_interval=1080, checkpoint_interval=360, log_interval=50,
                  min_seq_length=16, max_seq_length=128),
     'gpt2-medium': dict(batch_size=8, max_lr=3e-4),
     'gpt2-large': dict(batch_size=4, max_lr=2.5e-4),

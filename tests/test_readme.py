@@ -67,7 +67,7 @@ RUN = {
     'python prepare/dolly.py --tokenizer=bytes --max_length=512 --output_dir=data/dolly_bytes':
         '--input=rows.jsonl',
     'python finetune_dolly.py --data_dir=data/dolly_bytes --max_lr=1e-3 '
-    '--pretrained_checkpoint=logs_bytes/model_01250.pt':
+    '--pretrained_checkpoint=logs_bytes/model_01080.pt':
         '--pretrained_checkpoint=logs_bytes/model_00004.pt --max_steps=2 --batch_size=2 '
         '--eval_answers=1 --max_new_tokens=4 --num_samples=1 --forgetting_tokens=512',
     'python finetune_dolly.py --auto_resume': '--max_steps=3',
