@@ -115,8 +115,8 @@ def test_csv_files_that_hold_no_mazes(tmp_path, rows, told):
 
 def test_a_byte_order_mark_of_a_csv_is_dropped(tmp_path):
     solution = sudoku.new_solution(9, np.random.default_rng(0))
-    puzzle, answer = '.' + ''.join(map(str, solution.flat))[1:], ''.join(map(str, solution.flat))
-    for name, question, answer in (('maze', 'S G#', 'SoG#'), ('sudoku', puzzle, answer)):
+    digits = ''.join(map(str, solution.flat))
+    for name, question, answer in (('maze', 'S G#', 'SoG#'), ('sudoku', '.' + digits[1:], digits)):
         for split in ('train', 'test'):
             cells = (question, answer) if split == 'train' else (question[::-1], answer[::-1])
             (tmp_path / f'{split}.csv').write_bytes(b'\xef\xbb\xbfquestion,answer\n%b,%b\n' % tuple(cell.encode() for cell in cells))
