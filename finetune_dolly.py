@@ -38,8 +38,8 @@ from torch.nn.parallel import DistributedDataParallel
 from configurator_old import configure, fail, fail_if, master, nearby, print0
 from model import ACTIVATIONS, GPT, GPT_SIZES, PEAK_FLOPS, GPTConfig, answered, before_after, begin_gpt, both_answers, bucketed, check_table, converse
 from model import encoding_for_all, export_files, fit_weights, forgetting_shards, git_commit, instruction_prompt, judged_answers, load_optimizer_state
-from model import make_optimizers, norms_by_part, open_rows, optimizer_state, overfitting, padded_length, padded_rows, path_of_gpt, printable, read_gpt, shard_rows, shared_out
-from model import sum_alike, tokenizer_of, total_norm
+from model import make_optimizers, norms_by_part, open_rows, optimizer_state, overfitting, padded_length, padded_rows, path_of_gpt, printable
+from model import read_gpt, shard_rows, shared_out, sum_alike, tokenizer_of, total_norm
 from model import NO_WANDB, agree, ahead, append, cannot_write, cpu_group, differ, everyone, find_device, first_readable, generator_states, on_all_ranks, on_cpu
 from model import open_log, rotate, run_checkpoints, same_data, seed_generators, set_generator_states, start_wandb, watch_signals, write_together, write_whole
 
