@@ -7,16 +7,17 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # file: (lines, characters) at most, 0 = any. README.md comes later: 200 lines, 14 KB
 LIMITS = {
-    'train_gpt2.py': (625, 31100),
+    'train_gpt2.py': (625, 31200),
     'configurator.py': (170, 0),
-    'model.py': (640, 0),  # its GPT half
+    'model.py': (645, 0),  # its GPT half
     'prepare/fineweb.py': (0, 0),
     'prepare/hellaswag.py': (0, 0),
     'prepare/pydocs.py': (0, 0),
 }
 COLUMNS = {name: 100 for name in LIMITS}
 COLUMNS.update({f'tests/test_{name}.py': 110 for name in ('reliability', 'fences', 'style')})
-UNTIL = {'model.py': '# What stands from here on is of the four other scripts'}  # the first line that is not of the new form yet
+# the first line that is not of the new form yet
+UNTIL = {'model.py': '# What stands from here on is of the four other scripts'}
 
 
 def read(name):
