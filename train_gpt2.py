@@ -1,6 +1,6 @@
 """GPT-2 pretraining: from a 0.8M-parameter model on a laptop to GPT-2 124M on many nodes.
 
-Laptop CPU, no download (text of your own Python; a validation loss of @LOSS@ nats per byte):
+Laptop CPU, no download (text of your own Python; a validation loss of 1.35 nats per byte):
     python prepare/pydocs.py
     python train_gpt2.py --model=tiny --data_root=data/pydocs
 One GPU (GPT-2 124M, FineWeb-Edu from prepare/fineweb.py):
