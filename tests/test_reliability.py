@@ -174,7 +174,7 @@ def at(bench, when, ranks):
 # ---- 1. stopped and continued = run straight ---------------------------------------------------------------
 @pytest.mark.parametrize('ranks', [0, 2, 3])
 def test_killed_at_random_moments(bench, kills, ranks):
-    kills = kills if kills >= 50 or not ranks else 2
+    kills = kills if kills >= 20 or not ranks else 2
     expected, rng, times, dead = straight(bench, ranks=ranks), random.Random(kills + ranks), [], 0
     while dead < kills:
         run, starting = start(bench, '--auto_resume', ranks=ranks), len(times) % 8 == 7
